@@ -1,0 +1,28 @@
+# Each target makes .venv and installs what it needs on first use.
+PYTHON ?= python3
+HOURS ?= 0.05
+BIN = .venv/bin
+
+.PHONY: train test lab
+
+train: .venv/installed
+	$(BIN)/python -m flashlm_helpers train --hours $(HOURS) $(ARGS)
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	$(BIN)/pytest
+	FLASHLM_PROFILE=smoke $(BIN)/pytest --nbmake --nbmake-timeout=300 --durations=0 notebooks
+
+lab: .venv/installed
+	$(BIN)/jupyter lab notebooks
+
+# On Linux, PyPI's torch is the CUDA build: PyTorch's own index has a CPU build of a tenth of its size.
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	@if [ "$$(uname)" = Linux ]; then \
+	  $(BIN)/python -m pip install --quiet --timeout 10 --retries 0 --no-deps \
+	    --index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' requirements.txt) 2>/dev/null \
+	  || echo "PyTorch's CPU index does not answer: taking torch from PyPI"; fi
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@

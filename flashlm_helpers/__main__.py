@@ -1,0 +1,264 @@
+"""The command line: train, eval-bpc, generate and info. Results on stdout, notices and progress on stderr."""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from flashlm_helpers import __version__
+from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig, project_dir
+from flashlm_helpers.corpus import HUB, open_corpus, read_stories
+from flashlm_helpers.hardware import choose_preset, usable_cores
+
+DEFAULT_HOURS = 2.0
+TOKENS_PER_CORE_SECOND = 10_000  # more than a core trains on; decides how much text a timed run takes
+TOKENS_PER_STORY = 180
+SMALLEST_TAKE = 20_000
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, as all of ours are."""
+
+    def error(self, message):
+        """Print one line and exit with status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and flags; the published script's flags keep their names and meaning."""
+    parser = OneLineParser(prog="python -m flashlm_helpers", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval-bpc,generate,info}")
+
+    train = commands.add_parser("train", help="train a model to a time limit")
+    size = train.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="train v4-small (4.4 M parameters)")
+    size.add_argument("--large", action="store_true", help="train v4-large (16.9 M); default: by cores and memory")
+    text = train.add_mutually_exclusive_group()
+    text.add_argument("--text-dir", metavar="DIR", help="a folder with train*.txt (and valid*.txt), .jsonl or .parquet")
+    text.add_argument("--dataset", metavar="NAME",
+                      help=f"auto (default), builtin, {', '.join(HUB)}")
+    train.add_argument("--hours", type=float, help=f"time limit in hours (default {DEFAULT_HOURS:g} without --epochs)")
+    train.add_argument("--epochs", type=float, help="passes over the text; with --hours, whichever ends first")
+    train.add_argument("--batch", type=int, help=f"sequences a step (default {TrainConfig.batch})")
+    train.add_argument("--lr", type=float, help=f"peak learning rate (default {TrainConfig.lr:g})")
+    train.add_argument("--seed", type=int, help=f"of weights and batch order (default {TrainConfig.seed})")
+    train.add_argument("--patience", type=int, help="validations without a better loss before stopping "
+                                                    f"(default {TrainConfig.patience})")
+    train.add_argument("--vocab-size", type=int, help="ids in the vocabulary (default: up to 10,000)")
+    train.add_argument("--save-dir", metavar="PATH", help="where the run goes (default: a new folder in checkpoints/)")
+    train.add_argument("--resume", metavar="PATH", help="a run's folder or its last.pt: go on exactly where it stopped")
+
+    evaluate = commands.add_parser("eval-bpc", help="bits per character of a model on a text, beside baselines")
+    evaluate.add_argument("--checkpoint", required=True, metavar="PATH", help="a .pt file or a run's folder")
+    evaluate.add_argument("--text", required=True, metavar="FILE", help="stories, .txt, .jsonl or .parquet")
+    evaluate.add_argument("--no-baselines", action="store_true", help="the model only")
+
+    generate = commands.add_parser("generate", help="write a story")
+    generate.add_argument("--checkpoint", required=True, metavar="PATH", help="a .pt file or a run's folder")
+    generate.add_argument("--prompt", default="Once upon a time", metavar="TEXT")
+    generate.add_argument("--tokens", type=int, default=200, help="the most tokens to write (default 200)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0: all)")
+    generate.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens up to p (default 0.95)")
+    generate.add_argument("--seed", type=int, default=0)
+
+    info = commands.add_parser("info", help="parameters, ternary share, receptive field and size on disk")
+    which = info.add_mutually_exclusive_group()
+    which.add_argument("--preset", choices=PRESETS, help="default: the preset for this machine")
+    which.add_argument("--checkpoint", metavar="PATH", help="a .pt file or a run's folder")
+
+    for command in (train, evaluate, generate, info):
+        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def notice(message: str) -> None:
+    """One line for the person watching."""
+    print(message, file=sys.stderr)
+
+
+def stories_for(hours: float | None) -> int | None:
+    """How many stories a run of `hours` can read at most, rounded up so that runs share caches; None: all."""
+    if hours is None:
+        return None
+    wanted = hours * 3600 * usable_cores() * TOKENS_PER_CORE_SECOND / TOKENS_PER_STORY
+    take = SMALLEST_TAKE
+    while take < wanted:
+        take *= 2
+    return take
+
+
+def run_train(args) -> dict:
+    """Train, or go on training; prints BPC and a story."""
+    from flashlm_helpers.checkpoint import LAST, load_checkpoint
+    from flashlm_helpers.generation import generate
+    from flashlm_helpers.tokens import prepare
+    from flashlm_helpers.training import train
+
+    resume = load_checkpoint(args.resume, LAST) if args.resume else None
+    given = {name: getattr(args, name) for name in ("hours", "epochs", "batch", "lr", "seed", "patience")
+             if getattr(args, name) is not None}
+    if resume and args.vocab_size:
+        raise FlashLMError("--vocab-size is for a new run: a resumed one keeps its vocabulary")
+    if resume:
+        train_config, model_config = replace(resume["train_config"], **given), resume["model_config"]
+        if (args.small or args.large) and model_config.name != ("v4-large" if args.large else "v4-small"):
+            raise FlashLMError(f"{args.resume} holds a {model_config.name}: leave out --small and --large to resume")
+        source = resume["source"]
+    else:
+        if not given.keys() & {"hours", "epochs"}:
+            given["hours"] = DEFAULT_HOURS
+        train_config = TrainConfig(**given)
+        model_config = PRESETS["v4-large" if args.large else "v4-small" if args.small else choose_preset()]
+        source = {"dataset": "auto", "text_dir": None, "limit": None, "vocabulary_size": args.vocab_size}
+    save_dir = _save_dir(args, model_config.name)
+
+    if args.text_dir or args.dataset:
+        source |= {"dataset": args.dataset, "text_dir": args.text_dir}
+    if not resume and source["text_dir"] is None:
+        source["limit"] = stories_for(train_config.hours)
+    corpus = open_corpus(source["dataset"], source["text_dir"], source["limit"])
+    if source["text_dir"] is None:
+        source["dataset"] = corpus.name  # "auto" has become what was found
+    wanted = source["vocabulary_size"]
+    vocabulary, train_tokens, valid_tokens = prepare(corpus, wanted or model_config.vocabulary_size)
+    if wanted and len(vocabulary) < wanted:
+        raise FlashLMError(f"the text supports a vocabulary of {len(vocabulary):,} ids, not {wanted:,}: "
+                           f"give --vocab-size {len(vocabulary)} or less, or more text")
+    notice(f"{corpus.name}: {train_tokens.n_stories:,} stories, {train_tokens.n_tokens / 1e6:.1f} M tokens; vocabulary "
+           f"of {len(vocabulary):,} covers {vocabulary.coverage:.2%}; training {model_config.name} into {save_dir}")
+    result = train(model_config, train_config, vocabulary, train_tokens, valid_tokens, save_dir, source, resume)
+
+    story = generate(result.model, vocabulary, "Once upon a time", seed=train_config.seed)[0].text
+    if not args.json:
+        report = result.report
+        print(f"stopped by {result.stopped_by} after {report['seconds']:.0f} s and {report['tokens_seen']:,} tokens "
+              f"({report['tokens_per_second']:,.0f} tokens/s)\n"
+              f"validation: {report['val_nats_per_token']:.4f} nats/token, BPC {report['bpc']:.4f}, "
+              f"BPB {report['bpb']:.4f}\n\n{story}\n\nkept in {save_dir}")
+    return result.report | {"story": story, "save_dir": str(save_dir)}
+
+
+def _save_dir(args, preset: str) -> Path:
+    """Where the run goes; never a folder that holds another run."""
+    if args.save_dir:
+        folder = Path(args.save_dir)
+    elif args.resume:
+        folder = Path(args.resume)
+        folder = folder if folder.is_dir() else folder.parent
+    else:
+        folder = project_dir() / "checkpoints" / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    resumed = args.resume and folder.resolve() in (Path(args.resume).resolve(), Path(args.resume).resolve().parent)
+    if not resumed and (folder / "last.pt").exists():
+        raise FlashLMError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --save-dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FlashLMError(f"cannot write into {folder} ({error.strerror}): choose another --save-dir") from error
+    return folder
+
+
+def run_eval_bpc(args) -> dict:
+    """Score a text with a model, and with baselines that count or compress."""
+    from flashlm_helpers.baselines import compressor_baselines, counting_baselines
+    from flashlm_helpers.checkpoint import load_checkpoint
+    from flashlm_helpers.evaluation import evaluate
+    from flashlm_helpers.tokens import tokenize
+
+    content = load_checkpoint(args.checkpoint)
+    vocabulary, source = content["vocabulary"], content["source"]
+    stories = [story for story in map(str.strip, read_stories(args.text)) if story]
+    if not stories:
+        raise FlashLMError(f"{args.text} holds no story: give a text file that is not empty")
+    report = evaluate(content["model"], vocabulary, stories)
+    if not args.json:
+        print(report)
+        print(f"end symbols, reported apart: {report.end_nats_per_story:.4f} nats a story")
+    result = {"checkpoint": args.checkpoint, "text": args.text} | report.as_dict()
+    if args.no_baselines:
+        return result
+
+    training_ids = None
+    try:
+        corpus = open_corpus(source["dataset"], source["text_dir"], source["limit"])
+        training_ids = tokenize(corpus, "train", vocabulary).ids
+    except (KeyError, FlashLMError) as error:
+        notice(f"the training text is not at hand, so no unigram and trigram: {error}")
+    counted = counting_baselines(vocabulary, training_ids, stories)
+    packed = compressor_baselines(stories)
+    result["baselines"] = {name: {"bpc": r.bpc, "bpb": r.bpb} for name, r in counted.items()} | packed
+    if not args.json:
+        print("\nbaselines on the same text, counted alike:")
+        for name, value in sorted(result["baselines"].items(), key=lambda item: item[1]["bpc"]):
+            print(f"  {name:<22} BPC {value['bpc']:.4f}  BPB {value['bpb']:.4f}")
+    return result
+
+
+def run_generate(args) -> dict:
+    """Write one story."""
+    from flashlm_helpers.checkpoint import load_model
+    from flashlm_helpers.generation import generate
+
+    model, vocabulary = load_model(args.checkpoint)
+    story = generate(model, vocabulary, args.prompt, tokens=args.tokens, temperature=args.temperature,
+                     top_k=args.top_k, top_p=args.top_p, seed=args.seed)[0]
+    if not args.json:
+        print(story.text)
+    return asdict(story)
+
+
+def run_info(args) -> dict:
+    """Describe a preset or a checkpoint."""
+    from flashlm_helpers.checkpoint import BEST, load_checkpoint
+    from flashlm_helpers.model import count_parameters
+
+    if args.checkpoint:
+        path = Path(args.checkpoint)
+        config = load_checkpoint(path)["model_config"]
+        size = (path / BEST if path.is_dir() else path).stat().st_size
+    else:
+        config, size = PRESETS[args.preset or choose_preset()], None
+    counts = count_parameters(config)
+    ternary, other = counts["ternary"], counts["total"] - counts["ternary"]
+    result = {
+        "name": config.name, "config": asdict(config), "parameters": counts,
+        "ternary_share": ternary / counts["total"], "receptive_field": config.receptive_field,
+        "bytes": {"float32": 4 * counts["total"], "ternary_at_1.6_bits_rest_float32": ternary // 5 + 4 * other,
+                  "checkpoint": size},
+    }
+    if not args.json:
+        print(f"{config.name}: {counts['total']:,} parameters, {result['ternary_share']:.1%} of them ternary\n"
+              f"receptive field: {config.receptive_field} tokens\n"
+              f"as float32: {result['bytes']['float32'] / 1e6:.1f} MB; ternary weights at 1.6 bits, the rest float32: "
+              f"{result['bytes']['ternary_at_1.6_bits_rest_float32'] / 1e6:.1f} MB"
+              + (f"; this checkpoint: {size / 1e6:.1f} MB" if size else ""))
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a mistake a person can mend is one line on stderr and status 2."""
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="backslashreplace")  # a terminal may not know every character of a story
+    args = make_parser().parse_args(arguments)
+    run = {"train": run_train, "eval-bpc": run_eval_bpc, "generate": run_generate, "info": run_info}[args.command]
+    try:
+        result = run(args)
+    except FlashLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

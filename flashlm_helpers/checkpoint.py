@@ -1,0 +1,78 @@
+"""Checkpoints: one self-contained file, written atomically, safe to load, enough to go on exactly."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig
+from flashlm_helpers.files import atomic_write, one_line
+from flashlm_helpers.model import FlashLM
+from flashlm_helpers.vocab import Vocabulary
+
+_FORMAT = "flashlm-checkpoint-1"
+LAST, BEST = "last.pt", "best.pt"
+
+
+def save_checkpoint(path: str | Path, model: FlashLM, train_config: TrainConfig, vocabulary: Vocabulary,
+                    source: dict | None = None, progress: dict | None = None,
+                    optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Write everything a run consists of, atomically: a crash leaves the previous checkpoint whole.
+
+    source: how to open the corpus again. progress: the trainer's state in plain values. Without `optimizer`
+    the file serves evaluation and generation only. Raises FlashLMError if the file cannot be written.
+    """
+    content = {
+        "format": _FORMAT,
+        "model_config": asdict(model.config),
+        "train_config": asdict(train_config),
+        "vocabulary": {"hash": vocabulary.hash, "kept": list(vocabulary.kept), "coverage": vocabulary.coverage},
+        "source": source or {},
+        "progress": progress or {},
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict() if optimizer else None,
+        "random_state": torch.get_rng_state(),
+    }
+    with atomic_write(Path(path)) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: str | Path, prefer: str = BEST) -> dict:
+    """Read a checkpoint without running any code from it; for a run's folder, its `prefer` file.
+
+    Returns what save_checkpoint() wrote, its configs as ModelConfig and TrainConfig, its vocabulary as
+    Vocabulary, its weights in a FlashLM under "model". Raises FlashLMError if it is missing, truncated, damaged or
+    not one of ours.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / prefer
+    if not path.is_file():
+        raise FlashLMError(f"there is no checkpoint {path}: give a .pt file or the folder of a run")
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise FlashLMError("it is no FlashLM checkpoint of this version")
+        content["model_config"] = ModelConfig(**content["model_config"])
+        content["train_config"] = TrainConfig(**content["train_config"])
+        saved = content["vocabulary"]
+        content["vocabulary"] = Vocabulary(saved["kept"], saved["coverage"])
+        content["vocabulary"].require(saved["hash"], str(path))
+        weights, content["model"] = content["model"], FlashLM(content["model_config"])
+        content["model"].load_state_dict(weights)
+    except Exception as error:  # torch.load raises nearly anything on damaged bytes
+        raise FlashLMError(f"{path} cannot be loaded, it is damaged or of another program "
+                           f"({one_line(error)[:160]})") from error
+    return content
+
+
+def load_model(path: str | Path, vocabulary: Vocabulary | None = None) -> tuple[FlashLM, Vocabulary]:
+    """The model of a checkpoint, ready to score and generate, and its vocabulary.
+
+    vocabulary: if given, must be the checkpoint's own. Raises FlashLMError if it is another one, and as
+    load_checkpoint() does.
+    """
+    content = load_checkpoint(path)
+    if vocabulary is not None:
+        vocabulary.require(content["vocabulary"].hash, str(path))
+    return content["model"].eval(), content["vocabulary"]

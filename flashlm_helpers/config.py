@@ -1,0 +1,129 @@
+"""What a model and a run consist of, the presets, the speed profiles, and the error a person can cause."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class FlashLMError(ValueError):
+    """Something a person can mend: the message says in one line what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of one FlashLM; two models with equal configs have tensors of equal shapes.
+
+    width: D, the residual stream. blocks: number of BoltBlocks. hidden: H, inside the GLU.
+    kernel_size: K, tokens each convolution sees. sequence_length: T, tokens in a training window.
+    Raises FlashLMError if any size is not a positive whole number.
+    """
+
+    name: str
+    width: int
+    blocks: int
+    hidden: int
+    sequence_length: int
+    kernel_size: int = 8
+    vocabulary_size: int = 10_000
+
+    def __post_init__(self):
+        for field in ("width", "blocks", "hidden", "sequence_length", "kernel_size", "vocabulary_size"):
+            size = getattr(self, field)
+            if not isinstance(size, int) or size < 1:
+                raise FlashLMError(f"{field} must be a positive whole number, not {size!r}")
+
+    @property
+    def receptive_field(self) -> int:
+        """How many tokens, itself included, a position's logits depend on."""
+        return self.blocks * (self.kernel_size - 1) + 1
+
+
+PRESETS = {
+    "v4-small": ModelConfig("v4-small", width=192, blocks=6, hidden=512, sequence_length=256),
+    "v4-large": ModelConfig("v4-large", width=384, blocks=8, hidden=1024, sequence_length=512),
+    # Not a v4: small enough for tests and for notebooks in the smoke profile.
+    "tiny": ModelConfig("tiny", width=64, blocks=2, hidden=128, sequence_length=128),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: the budget and the recipe.
+
+    hours: wall-clock budget; epochs: passes over the text; whichever ends first (one may be None).
+    batch: sequences a step. lr: peak learning rate. warmup, decay: shares of the budget spent rising
+    to the peak and falling to lr * floor. clip: largest gradient norm. patience: validations without
+    a better loss before stopping early. validation_stories: how many stories each validation scores.
+    Raises FlashLMError for a budget, batch or rate that no run can have.
+    """
+
+    hours: float | None = None
+    epochs: float | None = None
+    batch: int = 8
+    lr: float = 4e-3
+    seed: int = 42
+    warmup: float = 0.02
+    decay: float = 0.5
+    floor: float = 0.0
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    patience: int = 10
+    validation_stories: int = 256
+
+    def __post_init__(self):
+        if self.hours is None and self.epochs is None:
+            raise FlashLMError("a run needs a budget: give --hours or --epochs")
+        for field in ("hours", "epochs", "lr", "clip"):
+            value = getattr(self, field)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise FlashLMError(f"{field} must be greater than 0, not {value}: try {_EXAMPLES[field]}")
+        for field in ("batch", "patience", "validation_stories"):
+            if getattr(self, field) < 1:
+                raise FlashLMError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
+            raise FlashLMError("warmup and decay are shares of the budget: each at least 0, together at most 1")
+
+
+_EXAMPLES = {"hours": "--hours 0.05", "epochs": "--epochs 1", "lr": "--lr 0.004", "clip": "1.0"}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Numbers that decide how long a notebook takes; the cells are the same in every profile."""
+
+    name: str
+    dataset: str  # what corpus.open_corpus is asked for
+    preset: str  # which model the notebooks train
+    stories: int  # stories taken from the corpus
+    train_seconds: float  # each training run in a notebook
+    evaluation_stories: int  # stories scored for a BPC
+    sample_tokens: int  # tokens generated for a story
+
+
+PROFILES = {
+    "smoke": Profile("smoke", "builtin", "tiny", 1_500, 8.0, 60, 60),
+    "full": Profile("full", "auto", "v4-small", 20_000, 100.0, 400, 200),
+}
+
+
+def active_profile() -> Profile:
+    """The profile named by FLASHLM_PROFILE ("smoke" or "full"; full when unset).
+
+    Raises FlashLMError for any other name.
+    """
+    name = os.environ.get("FLASHLM_PROFILE") or "full"
+    if name not in PROFILES:
+        raise FlashLMError(f"FLASHLM_PROFILE is {name!r}: choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def project_dir() -> Path:
+    """The folder that holds data/ and checkpoints/.
+
+    FLASHLM_HOME if it is set, otherwise the clone, or the working folder where the package was installed without one.
+    """
+    if home := os.environ.get("FLASHLM_HOME"):
+        return Path(home)
+    clone = Path(__file__).resolve().parent.parent
+    return clone if (clone / "pyproject.toml").is_file() else Path.cwd()

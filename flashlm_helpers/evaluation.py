@@ -1,0 +1,129 @@
+"""Bits per character that nobody can object to: every token of every story, divided by the text itself."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from flashlm_helpers.config import FlashLMError
+from flashlm_helpers.model import FlashLM
+from flashlm_helpers.quantization import freeze_ternary
+from flashlm_helpers.vocab import BOS, EOS, PAD, Vocabulary
+
+LEVEL = 0.95  # of the intervals
+_CHUNK = 256  # positions a row at once
+_ROWS = 256  # positions whose logits are in memory at once
+
+# (model, BPC, how it was counted): what others report, and why these figures cannot be compared with ours directly.
+PUBLISHED = (
+    ("TinyStories-1M (float, GPU)", 0.62, "as reported: at most 257 tokens of a story scored, and not the first, "
+                                          "but all its characters counted"),
+    ("TinyStories-1M (float, GPU)", 0.69, "about: every token of every story"),
+    ("FlashLM v4 (ternary, CPU)", 0.88, "as reported: cut as above, and by ids of another vocabulary than the model's"),
+)
+
+
+@dataclass(frozen=True)
+class BPCReport:
+    """What a model needs for a text, with the counts it was divided by.
+
+    bpc, bpb: bits per character (Unicode code point) and per UTF-8 byte. nats_per_token: mean over the
+    n_tokens tokens of the text. end_nats_per_story: what the end symbols cost, in none of the other figures.
+    interval: bootstrap over stories, {"level", "bpc": [low, high], "bpb": [low, high]}, None for a single story.
+    """
+
+    bpc: float
+    bpb: float
+    nats_per_token: float
+    n_stories: int
+    n_tokens: int
+    n_chars: int
+    n_bytes: int
+    end_nats_per_story: float
+    interval: dict | None
+
+    def as_dict(self) -> dict:
+        """The report as plain numbers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        low, high = self.interval["bpc"] if self.interval else (float("nan"), float("nan"))
+        return (f"BPC {self.bpc:.4f} [{low:.4f}, {high:.4f}]  BPB {self.bpb:.4f}  "
+                f"{self.nats_per_token:.4f} nats/token over {self.n_stories:,} stories, "
+                f"{self.n_tokens:,} tokens, {self.n_chars:,} characters")
+
+
+def encode_stories(vocabulary: Vocabulary, stories: Sequence[str]) -> list[np.ndarray]:
+    """Each story as BOS, its ids, EOS (int64); raises FlashLMError if there is none or one is empty."""
+    if not stories or not all(stories):
+        raise FlashLMError("there is no story to score: give a text with at least one")
+    return [np.concatenate(([BOS], ids, [EOS])).astype(np.int64) for ids in vocabulary.encode_batch(stories)]
+
+
+@torch.no_grad()
+def token_nats(model: FlashLM, sequences: Sequence[np.ndarray], batch: int = 8) -> list[np.ndarray]:
+    """-ln p of every id but the first of each sequence, given all ids before it; float64 arrays.
+
+    sequences: ids starting with BOS, of any length. Long ones are scored in chunks that carry the state, so
+    nothing is truncated and memory does not grow with length. Computed in float32.
+    """
+    frozen = freeze_ternary(model)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    result: list[np.ndarray] = [np.empty(0)] * len(sequences)
+    for group in (order[i : i + batch] for i in range(0, len(order), batch)):
+        longest = max(len(sequences[i]) for i in group)
+        ids = torch.full((len(group), longest), PAD)
+        for row, i in enumerate(group):
+            ids[row, : len(sequences[i])] = torch.from_numpy(sequences[i])
+        nats, past = [], None
+        for start in range(0, longest - 1, _CHUNK):
+            piece = ids[:, start : start + _CHUNK + 1]
+            hidden, past = frozen.hidden(piece[:, :-1], past)
+            rows, targets = hidden.flatten(0, 1), piece[:, 1:].flatten()
+            losses = []
+            for h, t in zip(rows.split(_ROWS), targets.split(_ROWS), strict=True):
+                logits = frozen.head(h)
+                losses.append(logits.logsumexp(1) - logits.gather(1, t[:, None]).squeeze(1))
+            nats.append(torch.cat(losses).view(len(group), -1))
+        table = torch.cat(nats, dim=1).double().numpy()
+        for row, i in enumerate(group):
+            result[i] = table[row, : len(sequences[i]) - 1]
+    return result
+
+
+def bits_report(stories: Sequence[str], nats: Sequence[np.ndarray], seed: int = 0) -> BPCReport:
+    """The accounting, the same for a model and for every baseline.
+
+    stories: the texts. nats: for each, -ln p of its tokens and, last, of the end symbol. Sums the tokens'
+    nats over all stories and divides by ln 2 and by the characters (BPC) or UTF-8 bytes (BPB) of these texts.
+    """
+    text = np.array([n[:-1].sum() for n in nats])
+    chars = np.array([len(s) for s in stories])
+    size = np.array([len(s.encode("utf-8", "surrogatepass")) for s in stories])
+    n_tokens = sum(len(n) - 1 for n in nats)
+    interval = None
+    if len(stories) > 1:
+        draws = np.random.default_rng(seed).multinomial(len(stories), np.full(len(stories), 1 / len(stories)), 1000)
+        tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+        interval = {"level": LEVEL}
+        for name, lengths in (("bpc", chars), ("bpb", size)):
+            interval[name] = np.quantile(draws @ text / (draws @ lengths) / math.log(2), tails).tolist()
+    bits = float(text.sum()) / math.log(2)
+    return BPCReport(
+        bpc=bits / int(chars.sum()), bpb=bits / int(size.sum()), nats_per_token=float(text.sum()) / n_tokens,
+        n_stories=len(stories), n_tokens=n_tokens, n_chars=int(chars.sum()), n_bytes=int(size.sum()),
+        end_nats_per_story=float(np.mean([n[-1] for n in nats])), interval=interval,
+    )
+
+
+def evaluate(model: FlashLM, vocabulary: Vocabulary, stories: Sequence[str]) -> BPCReport:
+    """Score whole stories: every token, the first one included, given BOS and all tokens before it.
+
+    Raises FlashLMError if there is no story, or if vocabulary and model do not belong together.
+    """
+    if len(vocabulary) != model.config.vocabulary_size:
+        raise FlashLMError(f"the model knows {model.config.vocabulary_size} ids and the vocabulary has "
+                           f"{len(vocabulary)}: use the vocabulary the model was trained with")
+    return bits_report(stories, token_nats(model, encode_stories(vocabulary, stories)))

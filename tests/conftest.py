@@ -1,0 +1,55 @@
+import itertools
+
+import pytest
+
+from flashlm_helpers import builtin
+from flashlm_helpers.config import ModelConfig, TrainConfig
+from flashlm_helpers.corpus import SEPARATOR, open_corpus
+from flashlm_helpers.tokens import prepare
+
+
+def write_stories(path, stories):
+    path.write_text("".join(f"{story}\n{SEPARATOR}\n" for story in stories), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def stories():
+    return list(itertools.islice(builtin.stories("train"), 120))
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory, stories):
+    folder = tmp_path_factory.mktemp("text")
+    write_stories(folder / "train.txt", stories[:100])
+    write_stories(folder / "valid.txt", stories[100:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(text_dir, tmp_path_factory):
+    """(vocabulary, train tokens, valid tokens) of a hundred stories."""
+    return prepare(open_corpus(text_dir=text_dir), 1_000, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def vocabulary(prepared):
+    return prepared[0]
+
+
+@pytest.fixture
+def model_config(vocabulary):
+    return ModelConfig("test", width=16, blocks=2, hidden=24, sequence_length=32, kernel_size=4,
+                       vocabulary_size=len(vocabulary))
+
+
+@pytest.fixture
+def train_config():
+    """About a dozen steps."""
+    return TrainConfig(epochs=0.11, batch=8, validation_stories=5)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty FLASHLM_HOME, so that commands keep their caches and runs out of the clone."""
+    monkeypatch.setenv("FLASHLM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

@@ -1,0 +1,145 @@
+"""The built-in stories: repeatable, never twice, split cleanly, and well formed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from flashlm_helpers import builtin
+
+SHE, HE = {"she", "her", "herself"}, {"he", "him", "his", "himself"}
+OTHERS_APPEAR = {"the snowman", "the magic word", "the baby bird", "the wind and the hat"}  # a third person
+MALFORMED = [
+    r"  |^\s|\s$|\s\n|\n\s",  # stray white space
+    r"[{}\[\]|@/_]",  # something not filled in
+    r"\s[,.!?;:]|[,;:][,.!?;:]|[.!?][.,]",  # punctuation in the wrong place
+    r"[.,!?][A-Za-z]",
+    r"\b[Aa] (?!uni|uku)[aeiou]|\b[Aa]n [^aeiouhAEIO]|\b[Aa]n u(?:ni|ku)",  # a or an
+    r'(?m)^"?[a-z]|[.] "?[a-z]',  # a sentence without a capital
+    r"(?i)\b(\w+) \1\b",
+    r"[^\x20-\x7e\n]",
+]
+
+
+@pytest.fixture(scope="module")
+def told():
+    """20,000 training stories as (combination, text)."""
+    return list(islice(builtin._generate("train", 0), 20_000))
+
+
+def words(text):
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def test_wrong_split_is_refused():
+    with pytest.raises(ValueError, match="train.*valid.*test"):
+        builtin.stories("test")
+
+
+def test_same_stories_for_any_count_process_and_hash_seed():
+    code = "from flashlm_helpers.builtin import stories; print(*stories('valid', 7, 40), sep='\\n\\n')"
+    root = Path(builtin.__file__).parents[2]
+    env = {**os.environ, "PYTHONHASHSEED": "123"}
+    other = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, check=True)
+    here = list(builtin.stories("valid", 7, 60))
+    assert len(here) == 60
+    assert other.stdout.decode().split() == "\n\n".join(here[:40]).split()
+    assert list(islice(builtin.stories("valid", 7), 60)) == here
+
+
+def test_seeds_and_splits_differ():
+    first = {tuple(builtin.stories(split, seed, 20)) for split in ("train", "valid") for seed in (0, 1, 2)}
+    assert len(first) == 6
+
+
+def test_no_story_twice(told):
+    assert len({text for _, text in told}) == len(told)
+
+
+def test_no_story_twice_even_when_few_are_possible(monkeypatch):
+    plot = builtin.Plot("tiny", {"hero": ["child"]}, [[["One"], ["Two"], ["Three"]]])
+    cast = {"child": [builtin.Cast(["Lily"], "she", "girl")]}
+    monkeypatch.setattr(builtin, "_load", lambda: ({}, cast, [plot]))
+    split = builtin._split_of(("tiny", "Lily"))
+    assert sorted(builtin.stories(split, 0, 3)) == ["One", "Three", "Two"]
+
+
+def test_combinations_of_validation_never_occur_in_training(told):
+    train = {combination for combination, _ in told}
+    train |= {combination for combination, _ in islice(builtin._generate("train", 5), 5_000)}
+    for seed in (0, 1):
+        valid = list(islice(builtin._generate("valid", seed), 2_000))
+        assert train.isdisjoint(combination for combination, _ in valid)
+        assert {combination[0] for combination, _ in valid} == {combination[0] for combination in train}
+
+
+def test_many_plots_and_words_and_fitting_length(told):
+    assert len({combination[0] for combination, _ in told}) >= 36
+    assert len({word for _, text in told for word in words(text)}) >= 2_200
+    lengths = sorted(len(text.split()) for _, text in told)
+    assert 70 <= lengths[200] and lengths[19_000] <= 220 and lengths[-1] <= 260
+    assert {text.count("\n") + 1 for _, text in told} == {2, 3, 4, 5}
+    assert len({" ".join(text.split()[:3]) for _, text in told}) > 300  # openings
+
+
+def test_well_formed(told):
+    for pattern in MALFORMED:
+        find = re.compile(pattern)
+        bad = [text for _, text in told[:8_000] if find.search(text)]
+        assert not bad, f"{pattern}: {bad[0]}"
+    for _, text in told[:8_000]:
+        assert text.endswith((".", "!", '"')), text
+        assert all(line.count('"') % 2 == 0 for line in text.split("\n")), text
+
+
+def test_every_story_has_its_chief_things_dialogue_and_a_feeling(told):
+    lists, _, _ = builtin._load()
+    feelings = {word for name in ("happy", "sad", "scared", "cross") for word in lists[name]}
+    feelings |= {"lonely", "content", "smile", "laugh", "joy", "felt", "heart"}
+    feeling = re.compile(rf"\b(?:{'|'.join(sorted(feelings))})")
+    for combination, text in told[:8_000]:
+        assert all(value in text for value in combination[1:]), (combination, text)
+        assert re.search(r'"[A-Z][^"]+[.,!?]"', text), text
+        assert feeling.search(text), text
+
+
+def test_pronouns_fit_the_characters(told):
+    _, casts, _ = builtin._load()
+    pronoun = {name: cast.he for group in casts.values() for cast in group for name in cast.names}
+    checked = 0
+    for combination, text in told[:10_000]:
+        present = {pronoun[value] for value in combination[1:] if value in pronoun}
+        if len(present) == 1 and combination[0] not in OTHERS_APPEAR:
+            checked += 1
+            wrong = HE if present == {"she"} else SHE
+            assert wrong.isdisjoint(words(text)), (combination, text)
+    assert checked > 2_000
+
+
+def test_parse_keeps_nesting_and_refuses_open_brackets():
+    assert builtin._parse("a [b | [c|d] e].") == ["a ", [["b"], [[["c"], ["d"]], " e"]], "."]
+    for broken in ("a [b", "a b]c | d", "a | b"):
+        with pytest.raises(ValueError, match="plots.txt"):
+            builtin._parse(broken)
+
+
+def test_version_follows_the_data_files(tmp_path):
+    package = tmp_path / "copied"
+    shutil.copytree(Path(builtin.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def version():
+        code = "import copied; print(copied.VERSION)"
+        return subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).strip()
+
+    versions = [version()]
+    assert versions == [builtin.VERSION]
+    for name in ("words.txt", "plots.txt"):
+        with (package / name).open("a") as file:
+            file.write("\n# one more line\n")
+        versions.append(version())
+    assert len(set(versions)) == 3
