@@ -10,6 +10,7 @@ from pathlib import Path
 from flashlm_helpers import __version__
 from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig, project_dir
 from flashlm_helpers.corpus import HUB, open_corpus, read_stories
+from flashlm_helpers.files import atomic_write
 from flashlm_helpers.hardware import choose_preset, usable_cores
 
 DEFAULT_HOURS = 2.0
@@ -143,24 +144,22 @@ def run_train(args) -> dict:
 
 
 def _save_dir(args, preset: str) -> Path:
-    """Where the run goes; never a folder that holds another run."""
-    if args.save_dir:
-        folder = Path(args.save_dir)
-    elif args.resume:
-        folder = Path(args.resume)
-        folder = folder if folder.is_dir() else folder.parent
-    else:
-        folder = project_dir() / "checkpoints" / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    resumed = args.resume and folder.resolve() in (Path(args.resume).resolve(), Path(args.resume).resolve().parent)
-    if not resumed and (folder / "last.pt").exists():
+    """Where the run goes; never a folder that holds another run. A resumed run brings its best weights along."""
+    resumed = Path(args.resume) if args.resume else None
+    if resumed and not resumed.is_dir():
+        resumed = resumed.parent
+    named = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.save_dir) if args.save_dir else resumed or project_dir() / "checkpoints" / named
+    if resumed and folder.resolve() == resumed.resolve():
+        return folder
+    if (folder / "last.pt").exists():
         raise FlashLMError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --save-dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise FlashLMError(f"cannot write into {folder} ({error.strerror}): choose another --save-dir") from error
+    with atomic_write(folder / ".writable"):  # a folder that cannot be written is noticed before anything slow
+        pass
+    (folder / ".writable").unlink()
+    if resumed and (resumed / "best.pt").is_file():
+        with atomic_write(folder / "best.pt") as file:
+            file.write((resumed / "best.pt").read_bytes())
     return folder
 
 
