@@ -19,7 +19,8 @@ class TrigramModel:
     ids: the training stream, stories as BOS ... EOS. size: V. A trigram's probability is its discounted
     count plus the mass that the discount frees times the bigram's; bigrams and unigrams count in how many
     different contexts a token occurs, and the unigram is mixed with the uniform distribution.
-    Source: Chen and Goodman 1999, "An empirical study of smoothing techniques", section 2.7, eq. 15-21.
+    Source: Chen and Goodman 1999, "An empirical study of smoothing techniques for
+    language modeling", doi:10.1006/csla.1999.0128.
     """
 
     def __init__(self, ids: np.ndarray, size: int):

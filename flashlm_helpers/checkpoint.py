@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -60,6 +61,9 @@ def load_checkpoint(path: str | Path, prefer: str = BEST) -> dict:
         content["vocabulary"].require(saved["hash"], str(path))
         weights, content["model"] = content["model"], FlashLM(content["model_config"])
         content["model"].load_state_dict(weights)
+    except UnpicklingError as error:
+        raise FlashLMError(f"{path} cannot be loaded, it is damaged or holds more than tensors and "
+                           "plain values: give a .pt file that this program saved") from error
     except Exception as error:  # torch.load raises nearly anything on damaged bytes
         raise FlashLMError(f"{path} cannot be loaded, it is damaged or of another program "
                            f"({one_line(error)[:160]})") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.quantization import freeze_ternary
-from flashlm_helpers.vocab import BOS, EOS, PAD, UNK, Vocabulary
+from flashlm_helpers.vocab import BOS, EOS, PAD, SURROGATE, UNK, Vocabulary
 
 
 @dataclass
@@ -34,7 +34,7 @@ def sampling_distribution(logits: Tensor, temperature: float = 1.0, top_k: int =
     """Probabilities (B, V) to draw from, out of logits (B, V).
 
     temperature divides the logits (0: all on the largest); then only the top_k likeliest ids stay (0: all), then the
-    fewest ids whose probabilities reach top_p. Source: arXiv:1904.09751, section 3.1 (nucleus sampling).
+    fewest ids whose probabilities reach top_p. Source: arXiv:1904.09751 (nucleus sampling).
     """
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
@@ -101,7 +101,7 @@ def stream(model: FlashLM, vocabulary: Vocabulary, prompts: Sequence[str], token
         hidden, past = model.hidden(chosen, past)
         last = hidden[:, -1]
     for story in stories:
-        story.text = story.prompt + vocabulary.decode(story.ids)
+        story.text = story.prompt + SURROGATE.sub("\ufffd", vocabulary.decode(story.ids))
 
 
 def generate(model: FlashLM, vocabulary: Vocabulary, prompts: str | Sequence[str], **settings) -> list[Story]:

@@ -19,10 +19,9 @@ def plot_training(history: dict, figure: Figure | None = None) -> Figure:
     figure = figure or plt.figure(figsize=(7, 4.5), layout="constrained")
     figure.clear()
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    for name, colour, marker, label in (("train", SKY, "", "training"), ("valid", BLUE, "o", "validation")):
-        rows = history[name]
-        loss.plot([r["seconds"] / 60 for r in rows], [r["nats_per_token"] for r in rows], color=colour,
-                  marker=marker, label=label)
+    for name, style in (("train", {"color": SKY, "label": "training"}),
+                        ("valid", {"color": BLUE, "label": "validation", "marker": "o", "linestyle": ""})):
+        loss.plot([r["seconds"] / 60 for r in history[name]], [r["nats_per_token"] for r in history[name]], **style)
     loss.set_ylabel("loss (nats/token)")
     loss.legend()
     rate.plot([r["seconds"] / 60 for r in history["train"]], [r["lr"] for r in history["train"]], color=ORANGE)
@@ -98,5 +97,5 @@ def plot_entropy(story, pieces: list[str]) -> Figure:
     axes.set_xlim(-1, len(pieces))
     axes.set_ylabel("bits")
     axes.set_xlabel("generated token")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure

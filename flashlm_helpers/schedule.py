@@ -7,7 +7,7 @@ def learning_rate(fraction: float, peak: float, warmup: float = 0.02, decay: flo
 
     fraction: share of the budget (time or steps) spent when the step ends, 0 to 1; warmup and decay: shares
     of the budget. Because it follows the budget and not a step count, the floor is reached exactly when the
-    time runs out, on any machine. Source: arXiv:2404.06395, section 4 (warmup-stable-decay).
+    time runs out, on any machine. Source: arXiv:2404.06395 (warmup-stable-decay).
     """
     fraction = min(max(fraction, 0.0), 1.0)
     if fraction < warmup:

@@ -30,7 +30,7 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, identity: dict):
-        self.path = Path(path)
+        self.path, self.vocabulary_hash = Path(path), identity["vocabulary"]
         try:
             with self.path.open("rb") as file:
                 header = json.loads(file.read(_HEADER))

@@ -34,15 +34,15 @@ from flashlm_helpers.vocab import PAD, Vocabulary
 NON_FINITE_STEPS = 10  # skipped steps in a row after which a run gives up
 POINTS = 500  # rows of the training history, whatever the budget
 # A validation costs about as much as training on its tokens: these keep it below a tenth of a run.
-MOST_VALIDATIONS, VALIDATION_GAP, VALIDATION_SHARE = 40, 40.0, 0.05  # a run; seconds between two; share of the tokens
+MOST_VALIDATIONS, VALIDATION_GAP, VALIDATION_SHARE = 40, 60.0, 0.05  # a run; seconds between two; share of the tokens
 
 
 @dataclass
 class Progress:
     """Where a run stands: all that a checkpoint must carry besides weights and optimizer.
 
-    seconds: by activity (train, validate, save); elapsed: their sum and what lies between. history: rows
-    of plain numbers, {"train": [...], "valid": [...]}. loss: the last step's, in nats/token.
+    seconds: by activity; elapsed: their sum. history: rows of plain numbers, {"train": [...], "valid": [...]}.
+    loss: the last step's, in nats/token.
     """
 
     step: int = 0
@@ -52,7 +52,7 @@ class Progress:
     step_seconds: float = 0.0
     loss: float = math.nan
     lr: float = 0.0
-    seconds: dict = field(default_factory=lambda: {"train": 0.0, "validate": 0.0, "save": 0.0})
+    seconds: dict = field(default_factory=lambda: {"train": 0.0, "validate": 0.0, "save": 0.0, "display": 0.0})
     skipped: int = 0
     skipped_in_a_row: int = 0
     best: dict = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Training speed, without the time for validating and saving."""
+        """Training speed, without the time for validating, saving and showing progress."""
         return self.tokens_seen / max(self.seconds["train"], 1e-9)
 
     @property
@@ -113,6 +113,8 @@ class Trainer:
             fits = next((b for b in (256, 128, 64, 32, 16, 8, 4, 2) if step_memory(model_config, b) < usable / 2), 1)
             raise FlashLMError(f"a batch of {train_config.batch} sequences needs about {needed / GIB:.0f} GiB and "
                                f"{usable / GIB:.0f} GiB are usable: try --batch {fits}")
+        for tokens in (train_tokens, valid_tokens):
+            vocabulary.require(tokens.vocabulary_hash, str(tokens.path))
         torch.set_num_threads(usable_cores())
         torch.manual_seed(train_config.seed)
         self.config, self.vocabulary, self.clock, self.source = train_config, vocabulary, clock, source
@@ -165,6 +167,7 @@ class Trainer:
                     self._save(LAST, self.optimizer)
                 if on_step:
                     on_step(p)
+                    self._lap("display")
             if not p.best:  # after last.pt is written: a resumed run must not see this extra validation
                 self._validate()
         return self._finish(stopped_by)

@@ -68,16 +68,16 @@ def gpt2_ids(texts: Sequence[str]) -> list[list[int]]:
     A lone surrogate, which UTF-8 cannot hold, becomes the ids of its three bytes, so nothing is lost.
     """
     encoding = gpt2_encoding()
-    if any(map(_SURROGATE.search, texts)):
-        return [[i for part in _SURROGATE.split(text) for i in _part_ids(part)] for text in texts]
+    if any(map(SURROGATE.search, texts)):
+        return [[i for part in SURROGATE.split(text) for i in _part_ids(part)] for text in texts]
     return encoding.encode_ordinary_batch(list(texts), num_threads=usable_cores())
 
 
-_SURROGATE = re.compile("([\ud800-\udfff])")
+SURROGATE = re.compile("([\ud800-\udfff])")  # characters that are half of a UTF-16 pair
 
 
 def _part_ids(part: str) -> list[int]:
-    if _SURROGATE.match(part):
+    if SURROGATE.match(part):
         return [gpt2_encoding().encode_single_token(bytes([b])) for b in part.encode("utf-8", "surrogatepass")]
     return gpt2_encoding().encode_ordinary(part)
 
@@ -170,7 +170,7 @@ class Vocabulary:
         return self._spelled[gpt2_id]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text. Specials give nothing; bytes that are not UTF-8, which only a model makes, give U+FFFD.
+        """Ids to text. Specials give nothing; bytes that no string encodes to, which only a model makes, give U+FFFD.
 
         Raises FlashLMError for an id outside the vocabulary.
         """

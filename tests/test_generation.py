@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,10 +26,13 @@ def model(model_config):
 def test_greedy_equals_the_full_forward_pass(model, vocabulary):
     story = generate(model, vocabulary, "Once upon a time", tokens=80, temperature=0)[0]
     ids = [BOS, *vocabulary.encode("Once upon a time")]
-    for token in story.ids:
+    for token, entropy, surprise in zip(story.ids, story.entropy, story.surprise, strict=True):
         logits = model(torch.tensor([ids]))[0, -1]
         logits[[PAD, UNK, BOS]] = -torch.inf
         assert logits[token] >= logits.max() - 1e-4
+        p = logits.softmax(0)
+        assert surprise == pytest.approx(-float(p[token].log2()), abs=1e-3)
+        assert entropy == pytest.approx(float(torch.special.entr(p).sum()) / math.log(2), abs=1e-3)
         ids.append(token)
     assert story.text == "Once upon a time" + vocabulary.decode(story.ids)
     assert not {PAD, UNK, BOS, EOS} & set(story.ids)
@@ -101,6 +106,18 @@ def test_every_setting_gives_a_distribution_that_keeps_the_likeliest(temperature
 def test_impossible_settings_are_refused(model, vocabulary, settings):
     with pytest.raises(FlashLMError):
         generate(model, vocabulary, "Once", **settings)
+
+
+def test_what_no_string_encodes_to_is_shown_as_replacement_characters(model, vocabulary, monkeypatch):
+    spelled = iter(vocabulary.encode("\ud83d") + [EOS])
+
+    def head(self, hidden):  # writes the bytes of half a character
+        logits = torch.zeros(*hidden.shape[:-1], len(vocabulary))
+        logits[..., next(spelled)] = 100
+        return logits
+
+    monkeypatch.setattr(FlashLM, "head", head)
+    assert generate(model, vocabulary, "Hi ")[0].text == "Hi \ufffd"
 
 
 def test_an_empty_prompt_is_refused(model, vocabulary):

@@ -50,6 +50,9 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(prepared):
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], train.batch(8, 4, 32, seed=1)[0])
     assert not torch.equal(first[0], train.batch(7, 4, 32, seed=2)[0])
+    count = train.windows(32)
+    epochs = [train.batch(epoch, count, 32, seed=1)[0] for epoch in (0, 1)]
+    assert not torch.equal(*epochs)
 
 
 def test_stories_for_validation_are_spread_over_the_whole_file(prepared, stories):

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_helpers import training
+from flashlm_helpers import files, training
 from flashlm_helpers.checkpoint import BEST, LAST, load_checkpoint, load_model, save_checkpoint
 from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig
 from flashlm_helpers.evaluation import evaluate
@@ -59,6 +59,8 @@ def test_the_learning_rate_rises_stays_and_falls_to_its_floor(warmup, decay, flo
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert learning_rate((warmup + 1 - decay) / 2, peak, warmup, decay, floor) == peak
+    steepest = peak / min(warmup, decay) / 1000
+    assert all(abs(b - a) <= steepest * 1.001 for a, b in zip(rates, rates[1:], strict=False))
 
 
 def test_nothing_but_ternary_weights_is_decayed(model_config):
@@ -183,6 +185,24 @@ def test_a_batch_that_cannot_fit_is_refused_before_anything_starts(prepared, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_the_random_state_is_restored_and_the_seed_decides_the_first_weights(
+        prepared, model_config, train_config, tmp_path, whole_run):
+    trainer = Trainer(model_config, train_config, *prepared, tmp_path / "other")
+    torch.manual_seed(train_config.seed)
+    first = FlashLM(model_config)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), first.parameters(), strict=True))
+    state = torch.Generator().manual_seed(123).get_state()
+    progress = whole_run["progress"] | {"step": 3}
+    trainer.restore(whole_run | {"random_state": state, "progress": progress})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_of_another_vocabulary_are_refused(prepared, model_config, train_config, tmp_path):
+    other = Vocabulary.build(["other words entirely"], 300)
+    with pytest.raises(FlashLMError, match="another vocabulary"):
+        train(model_config, train_config, other, *prepared[1:], tmp_path, on_step=quiet)
+
+
 def test_signal_handlers_are_put_back(prepared, model_config, train_config, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train(model_config, train_config, *prepared, tmp_path, on_step=interrupt_at(2))
@@ -268,6 +288,25 @@ def test_a_kill_during_saving_leaves_a_loadable_checkpoint(tmp_path, vocabulary,
     assert process.wait() == -signal.SIGKILL
     step = load_checkpoint(path)["progress"]["step"]
     assert step == -1 if moment == "fsync" else step >= 0
+
+
+def test_a_file_is_replaced_in_one_move_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    for call in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, call, fail)
+            with pytest.raises(FlashLMError, match="No space left"), files.atomic_write(path) as file:
+                file.write(b"new")
+        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    with files.atomic_write(path) as file:
+        file.write(b"new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path, vocabulary, model_config):
