@@ -117,8 +117,9 @@ def run_train(args) -> dict:
         source = {"dataset": "auto", "text_dir": None, "limit": None, "vocabulary_size": args.vocab_size}
     save_dir = _save_dir(args, model_config.name)
 
-    if args.text_dir or args.dataset:
-        source |= {"dataset": args.dataset, "text_dir": args.text_dir}
+    if args.text_dir or args.dataset:  # an absolute path: the run may be resumed from another folder
+        text_dir = str(Path(args.text_dir).resolve()) if args.text_dir else None
+        source |= {"dataset": args.dataset, "text_dir": text_dir}
     if not resume and source["text_dir"] is None:
         source["limit"] = stories_for(train_config.hours)
     corpus = open_corpus(source["dataset"], source["text_dir"], source["limit"])

@@ -19,8 +19,8 @@ def run(tmp_path_factory, text_dir):
     """A finished run of a few steps, made by the command line in a process of its own."""
     home = tmp_path_factory.mktemp("home")
     folder = home / "run"
-    done = subprocess.run([sys.executable, "-m", "flashlm_helpers", "train", *QUICK, "--text-dir", str(text_dir),
-                           "--save-dir", str(folder), "--json"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "flashlm_helpers", "train", *QUICK, "--text-dir", text_dir.name,
+                           "--save-dir", str(folder), "--json"], capture_output=True, text=True, cwd=text_dir.parent,
                           env={**os.environ, "FLASHLM_HOME": str(home)})
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout), done.stderr
@@ -102,8 +102,9 @@ def test_info_counts(run, capsys):
     assert "receptive field: 43 tokens" in capsys.readouterr().out
 
 
-def test_resume_goes_on_with_the_same_text(run, tmp_path, capsys):
+def test_resume_goes_on_with_the_same_text_from_anywhere(run, tmp_path, capsys, monkeypatch):
     further = tmp_path / "further"
+    monkeypatch.chdir(tmp_path)
     assert main(["train", "--resume", str(run[0]), "--epochs", "0.04", "--save-dir", str(further), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] > run[1]["steps"] and result["source"] == run[1]["source"]
