@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -249,14 +250,18 @@ def main(arguments: list[str] | None = None) -> int:
     run = {"train": run_train, "eval-bpc": run_eval_bpc, "generate": run_generate, "info": run_info}[args.command]
     try:
         result = run(args)
+        if args.json:
+            print(json.dumps(result))
+        sys.stdout.flush()
     except FlashLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    if args.json:
-        print(json.dumps(result))
+    except BrokenPipeError:  # whoever read our output has seen enough; nothing may be flushed into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

@@ -47,6 +47,12 @@ PRESETS = {
 }
 
 
+def check_seed(seed: int) -> None:
+    """Raise FlashLMError unless every generator of random numbers takes this seed."""
+    if not 0 <= seed < 2**62:
+        raise FlashLMError(f"seed must be a whole number from 0 to 2**62 - 1, not {seed}: try --seed 42")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train: the budget and the recipe.
@@ -81,6 +87,7 @@ class TrainConfig:
         for field in ("batch", "patience", "validation_stories"):
             if getattr(self, field) < 1:
                 raise FlashLMError(f"{field} must be at least 1, not {getattr(self, field)}")
+        check_seed(self.seed)
         if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
             raise FlashLMError("warmup and decay are shares of the budget: each at least 0, together at most 1")
 

@@ -113,7 +113,8 @@ def _builtin_corpus(limit: int | None) -> Corpus:
 def _folder_corpus(folder: Path, limit: int | None) -> Corpus:
     if not folder.is_dir():
         raise FlashLMError(f"{folder} is not a folder: --text-dir wants one that holds train*.txt")
-    files = {split: sorted(p for p in folder.glob(f"{split}*") if p.suffix in _READERS) for split in SPLITS}
+    files = {split: sorted(p for p in folder.glob(f"{split}*") if p.suffix in _READERS and p.is_file())
+             for split in SPLITS}
     if not files["train"]:
         what = "holds no train*.txt, train*.jsonl or train*.parquet" if any(folder.iterdir()) else "is empty"
         raise FlashLMError(f"{folder} {what}: put your stories into train.txt, with a line {SEPARATOR} after each")
@@ -147,7 +148,7 @@ def read_stories(path: str | Path) -> Iterator[str]:
 
 def _read_text(path: Path) -> Iterator[str]:
     rest = ""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         while block := file.read(1 << 20):
             if "\0" in block:
                 raise FlashLMError(f"{path} is a binary file, not text: give a plain UTF-8 .txt file")
@@ -164,7 +165,7 @@ def _text_of(record, path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:

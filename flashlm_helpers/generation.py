@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flashlm_helpers.config import FlashLMError
+from flashlm_helpers.config import FlashLMError, check_seed
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.quantization import freeze_ternary
 from flashlm_helpers.vocab import BOS, EOS, PAD, SURROGATE, UNK, Vocabulary
@@ -50,7 +50,8 @@ def sampling_distribution(logits: Tensor, temperature: float = 1.0, top_k: int =
     return p / p.sum(1, keepdim=True)
 
 
-def _check_sampling(temperature: float, top_k: int, top_p: float, tokens: int) -> None:
+def _check_sampling(temperature: float, top_k: int, top_p: float, tokens: int, seed: int) -> None:
+    check_seed(seed)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise FlashLMError(f"temperature must be 0 (greedy) or more, not {temperature}")
     if top_k < 0:
@@ -71,7 +72,7 @@ def stream(model: FlashLM, vocabulary: Vocabulary, prompts: Sequence[str], token
     The same list of Story objects is yielded again and again, grown by one id each; `text` is set at the end.
     Raises FlashLMError for an empty prompt or a setting out of range.
     """
-    _check_sampling(temperature, top_k, top_p, tokens)
+    _check_sampling(temperature, top_k, top_p, tokens, seed)
     if not prompts or not all(prompts):
         raise FlashLMError('the prompt is empty: give a few words, for example "Once upon a time"')
     model = freeze_ternary(model)

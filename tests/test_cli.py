@@ -159,6 +159,8 @@ def test_bad_arguments_are_one_line(text_dir, tmp_path, run, capsys):
         ([*text, "--hours", "nan"], "hours must be greater than 0"),
         ([*text, "--hours", "soon"], "invalid float"),
         ([*text, "--batch", 0], "batch must be at least 1"),
+        ([*text, "--seed", -1], "seed must be"),
+        ([*text, "--seed", 10**30], "seed must be"),
         ([*text, "--batch", 10_000_000], "try --batch"),
         ([*text, "--save-dir", tmp_path / "file" / "run"], "cannot write"),
         ([*text, "--vocab-size", 9_999], "supports a vocabulary of"),
@@ -171,6 +173,7 @@ def test_bad_arguments_are_one_line(text_dir, tmp_path, run, capsys):
     for arguments, complaint in [
         (["generate", "--checkpoint", run[0], "--prompt", ""], "prompt is empty"),
         (["generate", "--checkpoint", run[0], "--temperature", "-1"], "temperature"),
+        (["generate", "--checkpoint", run[0], "--seed", 10**30], "seed must be"),
         (["generate", "--checkpoint", tmp_path / "file"], "cannot be loaded"),
         (["generate", "--checkpoint", tmp_path / "none.pt"], "there is no checkpoint"),
         (["eval-bpc", "--checkpoint", run[0], "--text", tmp_path / "none.txt"], "cannot read"),
@@ -181,6 +184,14 @@ def test_bad_arguments_are_one_line(text_dir, tmp_path, run, capsys):
         ([], "required"),
     ]:
         assert complaint in refused(capsys, *arguments)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_a_reader_that_leaves_early_gets_no_traceback(run):
+    command = [sys.executable, "-m", "flashlm_helpers", "generate", "--checkpoint", str(run[0]), "--tokens", "3"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
 
 
 def test_a_truncated_checkpoint_is_one_line(run, tmp_path, capsys):

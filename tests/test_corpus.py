@@ -16,7 +16,7 @@ from flashlm_helpers.corpus import is_held_out, open_corpus, read_stories
 
 def test_a_folder_of_text_gives_its_stories_stripped_and_without_empty_ones(tmp_path):
     (tmp_path / "train.txt").write_bytes(
-        b"One.\r\nMore.\r\n<|endoftext|>\r\n\n<|endoftext|>\nTwo.<|endoftext|>Three. \n")
+        b"\xef\xbb\xbfOne.\r\nMore.\r\n<|endoftext|>\r\n\n<|endoftext|>\nTwo.<|endoftext|>Three. \n")
     (tmp_path / "valid.txt").write_text("Four.")
     found = open_corpus(text_dir=tmp_path)
     assert list(found.stories("train")) == ["One.\nMore.", "Two.", "Three."]
@@ -81,6 +81,9 @@ def test_bad_folders_and_names_are_one_clear_line(tmp_path):
     with pytest.raises(FlashLMError, match="is empty"):
         open_corpus(text_dir=tmp_path)
     (tmp_path / "notes.md").touch()
+    with pytest.raises(FlashLMError, match="holds no train"):
+        open_corpus(text_dir=tmp_path)
+    (tmp_path / "train.txt").mkdir()
     with pytest.raises(FlashLMError, match="holds no train"):
         open_corpus(text_dir=tmp_path)
     with pytest.raises(FlashLMError, match="not a folder"):
