@@ -11,7 +11,7 @@ from pathlib import Path
 from flashlm_helpers import __version__
 from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig, project_dir
 from flashlm_helpers.corpus import HUB, open_corpus, read_stories
-from flashlm_helpers.files import atomic_write
+from flashlm_helpers.files import atomic_write, one_line
 from flashlm_helpers.hardware import choose_preset, usable_cores
 
 DEFAULT_HOURS = 2.0
@@ -127,7 +127,7 @@ def run_train(args) -> dict:
     if source["text_dir"] is None:
         source["dataset"] = corpus.name  # "auto" has become what was found
     wanted = source["vocabulary_size"]
-    vocabulary, train_tokens, valid_tokens = prepare(corpus, wanted or model_config.vocabulary_size)
+    vocabulary, train_tokens, valid_tokens = prepare(corpus, wanted or PRESETS[model_config.name].vocabulary_size)
     if wanted and len(vocabulary) < wanted:
         raise FlashLMError(f"the text supports a vocabulary of {len(vocabulary):,} ids, not {wanted:,}: "
                            f"give --vocab-size {len(vocabulary)} or less, or more text")
@@ -246,7 +246,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; a mistake a person can mend is one line on stderr and status 2."""
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="backslashreplace")  # a terminal may not know every character of a story
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    for name in ("checkpoint", "text", "text_dir", "save_dir", "resume"):
+        if getattr(args, name, None) == "":  # an unset variable of a shell must not start another run than meant
+            parser.error(f"--{name.replace('_', '-')} is empty: give a path")
     run = {"train": run_train, "eval-bpc": run_eval_bpc, "generate": run_generate, "info": run_info}[args.command]
     try:
         result = run(args)
@@ -262,6 +266,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough; nothing may be flushed into it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a path that the system itself refuses, such as one that is too long
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
     return 0
 
 

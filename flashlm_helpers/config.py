@@ -1,6 +1,5 @@
 """What a model and a run consist of, the presets, the speed profiles, and the error a person can cause."""
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +81,9 @@ class TrainConfig:
             raise FlashLMError("a run needs a budget: give --hours or --epochs")
         for field in ("hours", "epochs", "lr", "clip"):
             value = getattr(self, field)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise FlashLMError(f"{field} must be greater than 0, not {value}: try {_EXAMPLES[field]}")
+            if value is not None and not 0 < value <= 1e6:
+                raise FlashLMError(f"{field} must be greater than 0 and at most a million, not {value}: "
+                                   f"try {_EXAMPLES[field]}")
         for field in ("batch", "patience", "validation_stories"):
             if getattr(self, field) < 1:
                 raise FlashLMError(f"{field} must be at least 1, not {getattr(self, field)}")

@@ -33,10 +33,10 @@ class Story:
 def sampling_distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Probabilities (B, V) to draw from, out of logits (B, V).
 
-    temperature divides the logits (0: all on the largest); then only the top_k likeliest ids stay (0: all), then the
-    fewest ids whose probabilities reach top_p. Source: arXiv:1904.09751 (nucleus sampling).
+    temperature divides the logits (below 1e-6: all on the largest); then only the top_k likeliest ids stay (0: all),
+    then the fewest ids whose probabilities reach top_p. Source: arXiv:1904.09751 (nucleus sampling).
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # beyond this, float32 cannot tell it from greedy
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     logits = (logits - logits.amax(1, keepdim=True)) / temperature

@@ -180,6 +180,11 @@ def test_bad_arguments_are_one_line(text_dir, tmp_path, run, capsys):
         (["eval-bpc", "--checkpoint", run[0], "--text", tmp_path / "notes.md"], "holds no story"),
         (["eval-bpc", "--checkpoint", run[0], "--text", tmp_path], "cannot read"),
         (["info", "--checkpoint", tmp_path / "file"], "cannot be loaded"),
+        (["generate", "--checkpoint", "x" * 5_000], "too long"),
+        (["info", "--checkpoint", ""], "--checkpoint is empty"),
+        (["train", "--resume", ""], "--resume is empty"),
+        (["train", "--epochs", "1e308"], "epochs must be"),
+        (["train", "--hours", "1e306"], "hours must be"),
         (["nonsense"], "invalid choice"),
         ([], "required"),
     ]:
