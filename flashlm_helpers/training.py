@@ -58,6 +58,7 @@ class Progress:
     best: dict = field(default_factory=dict)
     validations_since_best: int = 0
     next_validation: float = 0.0
+    next_point: float = 0.0
     pending: list = field(default_factory=list)
     history: dict = field(default_factory=lambda: {"train": [], "valid": []})
 
@@ -143,7 +144,11 @@ class Trainer:
         torch.set_rng_state(content["random_state"])
         if not (self.save_dir / BEST).is_file():
             self.progress.best = {}  # the best weights stayed elsewhere: the next validation sets the mark anew
-        if self._fraction(self.progress.step, self.progress.elapsed) >= 1:
+        spent, before = self._fraction(self.progress.step, self.progress.elapsed), content["train_config"]
+        if (self.config.hours, self.config.epochs) != (before.hours, before.epochs):
+            # What was due at a share of the old budget is due at another share of the new one.
+            self.progress.next_validation, self.progress.next_point = spent + self._validation_gap(), spent
+        if spent >= 1:
             raise FlashLMError("this run has spent its budget: give a larger --hours or --epochs to train on")
 
     def run(self, on_step: Callable[[Progress], None] | None = None) -> TrainResult:
@@ -216,7 +221,8 @@ class Trainer:
         p.tokens_seen += int((targets != PAD).sum())
         seconds = self._lap("train")
         p.step_seconds = 0.9 * p.step_seconds + 0.1 * seconds if p.step_seconds else seconds
-        if p.pending and p.fraction >= len(p.history["train"]) / POINTS:
+        if p.pending and p.fraction >= min(p.next_point, 1.0):
+            p.next_point += 1 / POINTS
             p.history["train"].append({"step": p.step, "seconds": p.elapsed, "tokens": p.tokens_seen, "lr": p.lr,
                                        "nats_per_token": sum(p.pending) / len(p.pending), "gradient_norm": norm})
             p.pending = []

@@ -114,6 +114,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert_same_run(whole_run, load_checkpoint(tmp_path / "half", LAST))
 
 
+def test_a_run_resumed_to_a_larger_budget_validates_saves_and_records_on_its_way(
+        prepared, model_config, tmp_path, whole_run):
+    config = replace(whole_run["train_config"], epochs=40 * whole_run["train_config"].epochs)
+    steps, saved = whole_run["progress"]["step"], []
+    result = train(model_config, config, *prepared, tmp_path / "whole", resume=whole_run,
+                   on_step=lambda p: saved.append(load_checkpoint(tmp_path / "whole", LAST)["progress"]["step"]))
+    assert result.report["steps"] > 30 * steps
+    for name in ("train", "valid"):
+        between = [row["step"] for row in result.history[name] if steps < row["step"] < result.report["steps"]]
+        assert between and min(between) < result.report["steps"] / 2
+    assert any(steps < step < result.report["steps"] for step in saved)
+
+
 def test_a_timed_run_resumes_bit_for_bit_too(prepared, model_config, tmp_path):
     config = TrainConfig(hours=20 / 3600, batch=4, validation_stories=3)
 
