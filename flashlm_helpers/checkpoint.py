@@ -11,7 +11,7 @@ from flashlm_helpers.files import atomic_write, one_line
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.vocab import Vocabulary
 
-_FORMAT = "flashlm-checkpoint-1"
+_FORMAT = "flashlm-checkpoint-2"
 LAST, BEST = "last.pt", "best.pt"
 
 

@@ -63,7 +63,7 @@ def test_the_mixer_is_a_gated_causal_depthwise_convolution():
     mixer, x = GatedConvMixer(6, 8), torch.randn(3, 20, 6)
     gate, value = (x @ quantize_straight_through(mixer.project_in.weight).T).chunk(2, dim=-1)
     padded = F.pad(value.transpose(1, 2), (7, 0))
-    mixed = F.conv1d(padded, mixer.filter.unsqueeze(1), groups=6).transpose(1, 2)
+    mixed = F.conv1d(padded, mixer.taps.T.unsqueeze(1), groups=6).transpose(1, 2)
     expected = (mixed * torch.sigmoid(gate)) @ quantize_straight_through(mixer.project_out.weight).T
     torch.testing.assert_close(mixer(x)[0], expected)
 
