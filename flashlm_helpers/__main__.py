@@ -44,7 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
                       help=f"auto (default), builtin, {', '.join(HUB)}")
     train.add_argument("--hours", type=float, help=f"time limit in hours (default {DEFAULT_HOURS:g} without --epochs)")
     train.add_argument("--epochs", type=float, help="passes over the text; with --hours, whichever ends first")
-    train.add_argument("--batch", type=int, help=f"sequences a step (default {TrainConfig.batch})")
+    train.add_argument("--batch", type=int, help="sequences a step (default: measured, for runs of some minutes)")
+    train.add_argument("--eager", action="store_true", help="do not use torch.compile")
     train.add_argument("--lr", type=float, help=f"peak learning rate (default {TrainConfig.lr:g})")
     train.add_argument("--seed", type=int, help=f"of weights and batch order (default {TrainConfig.seed})")
     train.add_argument("--patience", type=int, help="validations without a better loss before stopping "
@@ -102,7 +103,7 @@ def run_train(args) -> dict:
 
     resume = load_checkpoint(args.resume, LAST) if args.resume else None
     given = {name: getattr(args, name) for name in ("hours", "epochs", "batch", "lr", "seed", "patience")
-             if getattr(args, name) is not None}
+             if getattr(args, name) is not None} | ({"compile": False} if args.eager else {})
     if resume and args.vocab_size:
         raise FlashLMError("--vocab-size is for a new run: a resumed one keeps its vocabulary")
     if resume:

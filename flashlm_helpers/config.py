@@ -46,6 +46,9 @@ PRESETS = {
 }
 
 
+LARGEST_BATCH = 4096  # a million tokens a step, far beyond what two CPU cores can use
+
+
 def check_seed(seed: int) -> None:
     """Raise FlashLMError unless every generator of random numbers takes this seed."""
     if not 0 <= seed < 2**62:
@@ -60,12 +63,14 @@ class TrainConfig:
     batch: sequences a step. lr: peak learning rate. warmup, decay: shares of the budget spent rising
     to the peak and falling to lr * floor. clip: largest gradient norm. patience: validations without
     a better loss before stopping early. validation_stories: how many stories each validation scores.
+    bfloat16: the number format of matrix products. compile: by torch.compile. What is None of batch, bfloat16 and
+    compile is decided for the machine when training starts (fastpath.py).
     Raises FlashLMError for a budget, batch or rate that no run can have.
     """
 
     hours: float | None = None
     epochs: float | None = None
-    batch: int = 8
+    batch: int | None = None
     lr: float = 4e-3
     seed: int = 42
     warmup: float = 0.02
@@ -75,6 +80,8 @@ class TrainConfig:
     clip: float = 1.0
     patience: int = 10
     validation_stories: int = 256
+    bfloat16: bool | None = None
+    compile: bool | None = None
 
     def __post_init__(self):
         if self.hours is None and self.epochs is None:
@@ -85,8 +92,10 @@ class TrainConfig:
                 raise FlashLMError(f"{field} must be greater than 0 and at most a million, not {value}: "
                                    f"try {_EXAMPLES[field]}")
         for field in ("batch", "patience", "validation_stories"):
-            if getattr(self, field) < 1:
+            if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise FlashLMError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.batch is not None and self.batch > LARGEST_BATCH:
+            raise FlashLMError(f"batch must be at most {LARGEST_BATCH:,} sequences, not {self.batch:,}: try --batch 32")
         check_seed(self.seed)
         if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
             raise FlashLMError("warmup and decay are shares of the budget: each at least 0, together at most 1")

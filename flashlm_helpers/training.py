@@ -16,22 +16,18 @@ from tqdm import tqdm
 from flashlm_helpers.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig
 from flashlm_helpers.evaluation import evaluate
+from flashlm_helpers.fastpath import DEFAULT_BATCH, decide, keep_programs
 from flashlm_helpers.files import write_json
-from flashlm_helpers.hardware import (
-    GIB,
-    describe_hardware,
-    has_bfloat16,
-    peak_memory,
-    usable_cores,
-    usable_memory,
-)
+from flashlm_helpers.hardware import describe_hardware, keep_freed_memory, peak_memory, usable_cores
 from flashlm_helpers.model import FlashLM
-from flashlm_helpers.quantization import BitLinear
+from flashlm_helpers.optimization import make_optimizer, microbatch, optimizer_step
 from flashlm_helpers.schedule import learning_rate
 from flashlm_helpers.tokens import TokenFile
 from flashlm_helpers.vocab import PAD, Vocabulary
 
 NON_FINITE_STEPS = 10  # skipped steps in a row after which a run gives up
+SLOW_FLOPS = 4e11  # a second, of an eager run on two cores: only to tell minutes from hours
+ACTIVITIES = ("prepare", "train", "validate", "save", "display")
 POINTS = 500  # rows of the training history, whatever the budget
 # A validation costs about as much as training on its tokens: these keep it below a tenth of a run.
 MOST_VALIDATIONS, VALIDATION_GAP, VALIDATION_SHARE = 40, 60.0, 0.05  # a run; seconds between two; share of the tokens
@@ -52,7 +48,7 @@ class Progress:
     step_seconds: float = 0.0
     loss: float = math.nan
     lr: float = 0.0
-    seconds: dict = field(default_factory=lambda: {"train": 0.0, "validate": 0.0, "save": 0.0, "display": 0.0})
+    seconds: dict = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
     skipped: int = 0
     skipped_in_a_row: int = 0
     best: dict = field(default_factory=dict)
@@ -83,23 +79,6 @@ class TrainResult:
     stopped_by: str  # "budget", "patience" or "interrupt"
 
 
-def make_optimizer(model: FlashLM, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on the latent ternary weights only: none on norms, embedding and convolutions.
-
-    Source: arXiv:1711.05101.
-    """
-    decayed = {id(layer.weight) for layer in model.modules() if isinstance(layer, BitLinear)}
-    groups = [{"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": config.weight_decay},
-              {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-
-
-def step_memory(model: ModelConfig, batch: int) -> int:
-    """Bytes of memory a training run needs, about: measured on v4-small and v4-large, within a quarter of it."""
-    activations = model.blocks * (85 * model.width + 40 * model.hidden)
-    return batch * model.sequence_length * activations + GIB // 2
-
-
 class Trainer:
     """One run: model, optimizer, text and progress. `run()` trains until the budget ends.
 
@@ -109,14 +88,12 @@ class Trainer:
     def __init__(self, model_config: ModelConfig, train_config: TrainConfig, vocabulary: Vocabulary,
                  train_tokens: TokenFile, valid_tokens: TokenFile, save_dir: str | Path,
                  source: dict | None = None, clock: Callable[[], float] = time.monotonic):
-        needed, usable = step_memory(model_config, train_config.batch), usable_memory()
-        if needed > usable:
-            fits = next((b for b in (256, 128, 64, 32, 16, 8, 4, 2) if step_memory(model_config, b) < usable / 2), 1)
-            raise FlashLMError(f"a batch of {train_config.batch} sequences needs about {needed / GIB:.0f} GiB and "
-                               f"{usable / GIB:.0f} GiB are usable: try --batch {fits}")
+        microbatch(model_config)  # refuses what cannot fit before anything starts
         for tokens in (train_tokens, valid_tokens):
             vocabulary.require(tokens.vocabulary_hash, str(tokens.path))
         torch.set_num_threads(usable_cores())
+        keep_freed_memory()
+        keep_programs()
         torch.manual_seed(train_config.seed)
         self.config, self.vocabulary, self.clock, self.source = train_config, vocabulary, clock, source
         self.tokens, self.save_dir = train_tokens, Path(save_dir)
@@ -138,13 +115,17 @@ class Trainer:
                                f"{self.model.config.name} of another shape: leave out --small and --large")
         if content["optimizer"] is None:
             raise FlashLMError(f"this checkpoint holds no optimizer state: resume from {LAST} of the same run")
+        before = content["train_config"]
+        kept = {name: getattr(before, name) for name in ("batch", "bfloat16", "compile")
+                if getattr(self.config, name) is None}
+        self.config = replace(self.config, **kept)
         self.model.load_state_dict(content["model"].state_dict())
         self.optimizer.load_state_dict(content["optimizer"])
         self.progress = Progress(**content["progress"])
         torch.set_rng_state(content["random_state"])
         if not (self.save_dir / BEST).is_file():
             self.progress.best = {}  # the best weights stayed elsewhere: the next validation sets the mark anew
-        spent, before = self._fraction(self.progress.step, self.progress.elapsed), content["train_config"]
+        spent = self._fraction(self.progress.step, self.progress.elapsed)
         if (self.config.hours, self.config.epochs) != (before.hours, before.epochs):
             # What was due at a share of the old budget is due at another share of the new one.
             self.progress.next_validation, self.progress.next_point = spent + self._validation_gap(), spent
@@ -160,6 +141,8 @@ class Trainer:
         p, stopped_by = self.progress, None
         self._mark = self.clock()
         self._began = self._mark - p.elapsed
+        self.config = decide(self.model, self.config, self.tokens, self._expected_seconds())
+        self._lap("prepare")
         with _stop_requests() as requests:
             while not stopped_by:
                 self._step()
@@ -178,14 +161,23 @@ class Trainer:
         return self._finish(stopped_by)
 
     def _fraction(self, step: int, elapsed: float) -> float:
-        """Share of the budget spent after `step` steps and `elapsed` seconds."""
+        """Share of the budget spent after `step` steps and `elapsed` seconds, those of preparing left out of both."""
         shares = []
         if self.config.hours is not None:
-            shares.append(elapsed / (self.config.hours * 3600))
+            prepared = self.progress.seconds["prepare"]
+            shares.append((elapsed - prepared) / max(self.config.hours * 3600 - prepared, 1e-9))
         if self.config.epochs is not None:
             windows = self.tokens.windows(self.model.config.sequence_length)
-            shares.append(step / math.ceil(self.config.epochs * windows / self.config.batch))
+            shares.append(step / math.ceil(self.config.epochs * windows / (self.config.batch or DEFAULT_BATCH)))
         return max(shares)
+
+    def _expected_seconds(self) -> float:
+        """How long the rest of the run takes, at most and about: for deciding what preparation pays."""
+        seconds = [math.inf if self.config.hours is None else self.config.hours * 3600 - self.progress.elapsed]
+        if self.config.epochs is not None:
+            left = self.config.epochs * self.tokens.n_tokens - self.progress.tokens_seen
+            seconds.append(left * 6 * sum(p.numel() for p in self.model.parameters()) / SLOW_FLOPS)
+        return min(seconds)
 
     def _lap(self, activity: str) -> float:
         """Book the time since the last call under `activity`; returns it in seconds."""
@@ -203,15 +195,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = p.lr
         inputs, targets = self.tokens.batch(p.step, config.batch, self.model.config.sequence_length, config.seed)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
-            loss = self.model.loss(inputs, targets, ignore_index=PAD)
-        p.loss, norm = loss.item(), math.nan
-        if math.isfinite(p.loss):
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip).item()
-        if math.isfinite(norm):
-            self.optimizer.step()
+        p.loss, norm = optimizer_step(self.model, self.optimizer, inputs, targets, config)
+        if math.isfinite(p.loss) and math.isfinite(norm):
             p.skipped_in_a_row = 0
             p.pending.append(p.loss)
         else:
@@ -233,7 +218,7 @@ class Trainer:
 
     def _validate(self) -> None:
         p = self.progress
-        report = evaluate(self.model, self.vocabulary, self.valid_stories).as_dict()
+        report = evaluate(self.model, self.vocabulary, self.valid_stories, self.config.bfloat16).as_dict()
         p.history["valid"].append({"step": p.step, "seconds": p.elapsed, "tokens": p.tokens_seen,
                                    "nats_per_token": report["nats_per_token"], "bpc": report["bpc"]})
         p.next_validation = p.fraction + self._validation_gap()

@@ -1,6 +1,8 @@
 import itertools
+import signal
 
 import pytest
+import torch
 
 from flashlm_helpers import builtin
 from flashlm_helpers.config import ModelConfig, TrainConfig
@@ -10,6 +12,30 @@ from flashlm_helpers.tokens import prepare
 
 def write_stories(path, stories):
     path.write_text("".join(f"{story}\n{SEPARATOR}\n" for story in stories), encoding="utf-8")
+
+
+def quiet(progress):
+    """An on_step that shows nothing."""
+
+
+def interrupt_at(step):
+    return lambda progress: signal.raise_signal(signal.SIGINT) if progress.step == step else None
+
+
+def assert_same_run(one, other):
+    """Weights, optimizer state and all that a checkpoint says of a run but its times, bit for bit."""
+    for name, tensor in one["model"].state_dict().items():
+        assert torch.equal(tensor, other["model"].state_dict()[name]), name
+    for key, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], other["optimizer"]["state"][key][name]) for name in state)
+    assert torch.equal(one["random_state"], other["random_state"])
+    timeless = [{k: v for k, v in content["progress"].items() if k not in ("elapsed", "seconds", "step_seconds")}
+                for content in (one, other)]
+    for progress in timeless:
+        for rows in progress["history"].values():
+            for row in rows:
+                del row["seconds"]
+    assert timeless[0] == timeless[1]
 
 
 @pytest.fixture(scope="session")

@@ -10,42 +10,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import assert_same_run, interrupt_at, quiet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_helpers import files, training
+from flashlm_helpers import files, optimization, training
 from flashlm_helpers.checkpoint import BEST, LAST, load_checkpoint, load_model, save_checkpoint
 from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig
 from flashlm_helpers.evaluation import evaluate
 from flashlm_helpers.model import FlashLM
+from flashlm_helpers.optimization import make_optimizer
 from flashlm_helpers.schedule import learning_rate
-from flashlm_helpers.training import NON_FINITE_STEPS, Trainer, make_optimizer, train
+from flashlm_helpers.training import NON_FINITE_STEPS, Trainer, train
 from flashlm_helpers.vocab import Vocabulary
-
-
-def quiet(progress):
-    """An on_step that shows nothing."""
-
-
-def interrupt_at(step):
-    return lambda progress: signal.raise_signal(signal.SIGINT) if progress.step == step else None
-
-
-def assert_same_run(one, other):
-    """Weights, optimizer state and all that a checkpoint says of a run but its times, bit for bit."""
-    for name, tensor in one["model"].state_dict().items():
-        assert torch.equal(tensor, other["model"].state_dict()[name]), name
-    for key, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(state[name], other["optimizer"]["state"][key][name]) for name in state)
-    assert torch.equal(one["random_state"], other["random_state"])
-    timeless = [{k: v for k, v in content["progress"].items() if k not in ("elapsed", "seconds", "step_seconds")}
-                for content in (one, other)]
-    for progress in timeless:
-        for rows in progress["history"].values():
-            for row in rows:
-                del row["seconds"]
-    assert timeless[0] == timeless[1]
-
 
 # Schedule
 
@@ -69,8 +46,8 @@ def test_nothing_but_ternary_weights_is_decayed(model_config):
     decayed, free = ({names[id(p)] for p in group["params"]} for group in
                      make_optimizer(model, TrainConfig(hours=1)).param_groups)
     assert all("project" in name or "glu.gate" in name or "glu.up" in name or "glu.down" in name for name in decayed)
-    assert {n.split(".")[-1] if "filter" in n else n.split(".")[-2] for n in free} == {
-        "embedding", "norm", "mixer_norm", "glu_norm", "filter"}
+    assert {n.split(".")[-1] if "taps" in n else n.split(".")[-2] for n in free} == {
+        "embedding", "norm", "mixer_norm", "glu_norm", "taps"}
     assert len(decayed) + len(free) == len(names)
 
 
@@ -185,16 +162,17 @@ def test_a_non_finite_gradient_is_skipped_as_well(prepared, model_config, train_
 
 def test_a_loss_that_stays_non_finite_stops_the_run_in_one_line(prepared, model_config, monkeypatch, tmp_path):
     trainer = Trainer(model_config, TrainConfig(epochs=9), *prepared, tmp_path)
-    monkeypatch.setattr(trainer.model, "loss", lambda *a, **k: torch.tensor(math.nan))
+    monkeypatch.setattr(trainer.model, "loss", lambda *a, **k: torch.tensor(math.nan, requires_grad=True))
     with pytest.raises(FlashLMError, match="smaller --lr") as caught:
         trainer.run(quiet)
     assert "\n" not in str(caught.value) and trainer.progress.step == NON_FINITE_STEPS
     assert load_checkpoint(tmp_path, LAST)["progress"]["step"] == NON_FINITE_STEPS
 
 
-def test_a_batch_that_cannot_fit_is_refused_before_anything_starts(prepared, tmp_path):
-    with pytest.raises(FlashLMError, match=r"try --batch \d"):
-        train(PRESETS["v4-large"], TrainConfig(hours=1, batch=100_000), *prepared, tmp_path / "run")
+def test_a_model_that_cannot_fit_is_refused_before_anything_starts(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(optimization, "usable_memory", lambda: 10**8)
+    with pytest.raises(FlashLMError, match="GiB are usable"):
+        train(PRESETS["v4-large"], TrainConfig(hours=1), *prepared, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -253,7 +231,7 @@ def test_damaged_and_foreign_checkpoints_are_one_clear_line(tmp_path, whole_run)
         with pytest.raises(FlashLMError) as caught:
             load_checkpoint(path)
         assert "\n" not in str(caught.value)
-    for foreign in ({"weights": torch.ones(2)}, [1, 2], torch.ones(3), {"format": "flashlm-checkpoint-1"}):
+    for foreign in ({"weights": torch.ones(2)}, [1, 2], torch.ones(3), {"format": "flashlm-checkpoint-2"}):
         torch.save(foreign, path)
         with pytest.raises(FlashLMError):
             load_checkpoint(path)
@@ -266,7 +244,7 @@ def test_loading_runs_no_code_from_the_file(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "attacked"),)
 
-    torch.save({"format": "flashlm-checkpoint-1", "model": Attack()}, tmp_path / "x.pt")
+    torch.save({"format": "flashlm-checkpoint-2", "model": Attack()}, tmp_path / "x.pt")
     with pytest.raises(FlashLMError):
         load_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "attacked").exists()
