@@ -25,7 +25,7 @@ from plain import BATCH, PlainFlashLM, plain_optimizer
 from flashlm_helpers.config import PRESETS, TrainConfig
 from flashlm_helpers.corpus import open_corpus
 from flashlm_helpers.evaluation import encode_stories, evaluate, token_nats
-from flashlm_helpers.fastpath import compile_model, keep_programs
+from flashlm_helpers.fastpath import compile_model, keep_programs, missing_compiler
 from flashlm_helpers.hardware import (
     GIB,
     describe_hardware,
@@ -71,7 +71,7 @@ def training_variant(parts: set, preset: str, text_dir: str | None, bfloat16: bo
         weights, model = model.state_dict(), PlainFlashLM(config)
         model.load_state_dict(weights)
     if "compile" in parts and (reason := compile_model(model, train_config.bfloat16)):
-        raise SystemExit(f"the compiled variant is left out: {reason}")
+        raise SystemExit(reason)
     optimizer = (make_optimizer if "batch" in parts else plain_optimizer)(model, train_config)
     step = iter(range(10**9))
     return (lambda: optimizer_step(model, optimizer, *tokens.batch(next(step), batch, config.sequence_length, 1),
@@ -117,7 +117,7 @@ def evaluation_variant(way: str, preset: str, text_dir: str | None, bfloat16: bo
         return score, windows.shape[0] * config.sequence_length
     keep_freed_memory()
     if way == "compiled" and (reason := compile_model(model, bfloat16)):
-        raise SystemExit(f"compiled evaluation is left out: {reason}")
+        raise SystemExit(reason)
     return (lambda: token_nats(model, sequences, bfloat16)), sum(len(s) - 1 for s in sequences)
 
 
@@ -170,10 +170,15 @@ class Worker:
         command = [sys.executable, __file__, "--worker", name, "--preset", args.preset]
         command += (["--text-dir", args.text_dir] if args.text_dir else []) + ["--float32"] * args.float32
         self.name, self.seconds, began = name, [], time.perf_counter()
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        stderr=None if args.verbose else subprocess.DEVNULL)
-        self.ready = json.loads(self.process.stdout.readline() or "null")
-        self.started = time.perf_counter() - began
+        with tempfile.TemporaryFile("w+") as errors:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                                            text=True)
+            self.ready = json.loads(self.process.stdout.readline() or "null")
+            self.started = time.perf_counter() - began
+            if self.ready is None:
+                self.process.wait()
+                errors.seek(0)
+                raise SystemExit(f"{name}: {errors.read().strip() or 'ended without a word'}")
 
     def turn(self, seconds: float) -> None:
         """Take a turn of about so many seconds."""
@@ -184,6 +189,12 @@ class Worker:
         self.seconds.append(median(answer["seconds"]))
         self.memory = answer["memory"]
 
+    def end(self) -> float:
+        """Let the process end; returns the seconds from its start until it was ready."""
+        self.process.stdin.close()
+        self.process.wait()
+        return self.started
+
     def result(self) -> dict:
         """Tokens a second, their spread over the turns, and memory."""
         rates = sorted(self.ready["tokens"] / s for s in self.seconds)
@@ -193,13 +204,12 @@ class Worker:
 
 def measure(names: list[str], args) -> dict[str, dict]:
     """Every variant's result, measured in turns."""
-    workers = [worker for worker in (Worker(name, args) for name in names) if worker.ready]
+    workers = [Worker(name, args) for name in names]
     for _ in range(args.repeats + 1):
         for worker in workers:
             worker.turn(args.seconds)
     for worker in workers:
-        worker.process.stdin.close()
-        worker.process.wait()
+        worker.end()
         worker.seconds = worker.seconds[1:]  # the first turn finds out how long a call takes
     return {worker.name: worker.result() for worker in workers}
 
@@ -232,18 +242,17 @@ def same_loss(args, steps: int = 300, batch: int = 8) -> dict:
 def draw(result: dict, path: Path) -> None:
     """Bars of tokens a second, with the matrix products' limit as a line."""
     figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    rates = result["training"]
-    plain = rates["plain"]["tokens_per_second"]
+    rates = {name: rate["tokens_per_second"] for name, rate in result["training"].items()}
+    limit = result["matrix_products"]["tokens_per_second"]
+    axis.barh(["plain", *(f"+ {name}" for name in list(rates)[1:])], rates.values(), color="#0072B2")
     for place, rate in enumerate(rates.values()):
-        axis.barh(place, rate["tokens_per_second"], color="#0072B2")
-        axis.text(rate["tokens_per_second"], place, f" {rate['tokens_per_second'] / plain:.1f}x", va="center")
-    axis.axvline(result["matrix_products"]["tokens_per_second"], color="#D55E00", linestyle="--",
-                 label="matrix products alone")
-    axis.set_yticks(range(len(rates)), ["plain", *(f"+ {name}" for name in list(rates)[1:])])
+        axis.text(rate, place, f" {rate / rates['plain']:.1f}x", va="center")
+    axis.axvline(limit, color="#E69F00", linestyle="--", label="matrix products alone")
     axis.invert_yaxis()
+    axis.set_xlim(0, 1.15 * max(limit, *rates.values()))
     axis.set_xlabel("tokens trained per second")
     axis.set_title(f"{result['preset']}, {result['hardware']['cores']} cores")
-    axis.legend(loc="lower right", frameon=False)
+    axis.legend(loc="upper center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -263,7 +272,8 @@ def report(result: dict) -> None:
         print(f"  {'matrix products alone':<42}{result['matrix_products']['tokens_per_second']:>9,.0f}\n"
               f"  share of the last step that is matrix products at that rate: {result['matrix_share']:.0%}")
     if result.get("first_step_seconds"):
-        print(f"  from the start of Python to the end of the first step: {result['first_step_seconds']:.1f} s")
+        print("  from the start of Python to the end of the first step, compiled in an earlier run: "
+              f"{result['first_step_seconds']:.1f} s")
     if result.get("same_loss"):
         print("  validation nats/token after {steps} equal steps: plain {plain:.4f}, fast {fast:.4f}".format(
             **result["same_loss"]))
@@ -280,7 +290,6 @@ def main() -> None:
     parser.add_argument("--ladder-only", action="store_true", help="training speed only")
     parser.add_argument("--no-loss", action="store_true", help="do not train both ways to compare their losses")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
-    parser.add_argument("--verbose", action="store_true", help="show what the workers say")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(usable_cores())
@@ -289,15 +298,17 @@ def main() -> None:
         return
     result = {"preset": args.preset, "hardware": describe_hardware(), "text": args.text_dir and "a folder" or "builtin"}
     open_text(args.text_dir)  # made once, before anything is timed
-    rates = measure([f"training/{name}" for name in TRAINING] + ["products/alone"], args)
+    compiler = missing_compiler() is None
+    names = [name for name, parts in TRAINING.items() if compiler or "compile" not in parts]
+    rates = measure([f"training/{name}" for name in names] + ["products/alone"], args)
     result["matrix_products"] = rates.pop("products/alone")
     result["training"] = {name.split("/")[1]: rate for name, rate in rates.items()}
     last = list(result["training"].values())[-1]
     result["matrix_share"] = last["tokens_per_second"] / result["matrix_products"]["tokens_per_second"]
     if not args.ladder_only:
-        rates = measure([f"evaluation/{name}" for name in ("plain", "eager", "compiled")], args)
+        rates = measure([f"evaluation/{name}" for name in ("plain", "eager", "compiled")[: 2 + compiler]], args)
         result["evaluation"] = {name.split("/")[1]: rate for name, rate in rates.items()}
-        result["first_step_seconds"] = median(Worker("start/first step", args).started for _ in range(3))
+        result["first_step_seconds"] = median(Worker("start/first step", args).end() for _ in range(3))
         if not args.no_loss:
             result["same_loss"] = same_loss(args)
     report(result)

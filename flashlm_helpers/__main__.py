@@ -12,7 +12,7 @@ from flashlm_helpers import __version__
 from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig, project_dir
 from flashlm_helpers.corpus import HUB, open_corpus, read_stories
 from flashlm_helpers.files import atomic_write, one_line
-from flashlm_helpers.hardware import choose_preset, usable_cores
+from flashlm_helpers.hardware import choose_preset, has_bfloat16, usable_cores
 
 DEFAULT_HOURS = 2.0
 TOKENS_PER_CORE_SECOND = 10_000  # more than a core trains on; decides how much text a timed run takes
@@ -44,7 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
                       help=f"auto (default), builtin, {', '.join(HUB)}")
     train.add_argument("--hours", type=float, help=f"time limit in hours (default {DEFAULT_HOURS:g} without --epochs)")
     train.add_argument("--epochs", type=float, help="passes over the text; with --hours, whichever ends first")
-    train.add_argument("--batch", type=int, help="sequences a step (default: measured, for runs of some minutes)")
+    train.add_argument("--batch", type=int, help="sequences a step (default: measured if only --hours is given and it "
+                                                 "is two minutes or more, otherwise 8)")
     train.add_argument("--eager", action="store_true", help="do not use torch.compile")
     train.add_argument("--lr", type=float, help=f"peak learning rate (default {TrainConfig.lr:g})")
     train.add_argument("--seed", type=int, help=f"of weights and batch order (default {TrainConfig.seed})")
@@ -107,7 +108,10 @@ def run_train(args) -> dict:
     if resume and args.vocab_size:
         raise FlashLMError("--vocab-size is for a new run: a resumed one keeps its vocabulary")
     if resume:
-        train_config, model_config = replace(resume["train_config"], **given), resume["model_config"]
+        before, model_config = resume["train_config"], resume["model_config"]
+        train_config = replace(before, **given)
+        if (train_config.hours, train_config.epochs) != (before.hours, before.epochs):  # decided anew
+            train_config = replace(before, **({"bfloat16": None, "compile": None} | given))
         if (args.small or args.large) and model_config.name != ("v4-large" if args.large else "v4-small"):
             raise FlashLMError(f"{args.resume} holds a {model_config.name}: leave out --small and --large to resume")
         source = resume["source"]
@@ -183,6 +187,7 @@ def run_eval_bpc(args) -> dict:
         print(report)
         print(f"end symbols, reported apart: {report.end_nats_per_story:.4f} nats a story")
     result = {"checkpoint": args.checkpoint, "text": args.text} | report.as_dict()
+    result["products"] = "bfloat16" if has_bfloat16() else "float32"
     if args.no_baselines:
         return result
 

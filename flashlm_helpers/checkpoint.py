@@ -11,8 +11,12 @@ from flashlm_helpers.files import atomic_write, one_line
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.vocab import Vocabulary
 
-_FORMAT = "flashlm-checkpoint-2"
+_FORMAT, _EARLIER = "flashlm-checkpoint-2", ("flashlm-checkpoint-1",)
 LAST, BEST = "last.pt", "best.pt"
+
+
+class _EarlierVersion(Exception):
+    """The checkpoint is whole, but not of this format."""
 
 
 def save_checkpoint(path: str | Path, model: FlashLM, train_config: TrainConfig, vocabulary: Vocabulary,
@@ -52,6 +56,8 @@ def load_checkpoint(path: str | Path, prefer: str = BEST) -> dict:
         raise FlashLMError(f"there is no checkpoint {path}: give a .pt file or the folder of a run")
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
+        if isinstance(content, dict) and content.get("format") in _EARLIER:
+            raise _EarlierVersion
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise FlashLMError("it is no FlashLM checkpoint of this version")
         content["model_config"] = ModelConfig(**content["model_config"])
@@ -61,6 +67,8 @@ def load_checkpoint(path: str | Path, prefer: str = BEST) -> dict:
         content["vocabulary"].require(saved["hash"], str(path))
         weights, content["model"] = content["model"], FlashLM(content["model_config"])
         content["model"].load_state_dict(weights)
+    except _EarlierVersion:
+        raise FlashLMError(f"{path} was saved by an earlier version, whose weights lie otherwise: train anew") from None
     except UnpicklingError as error:
         raise FlashLMError(f"{path} cannot be loaded, it is damaged or holds more than tensors and "
                            "plain values: give a .pt file that this program saved") from error

@@ -10,13 +10,13 @@ import torch
 
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.hardware import products
+from flashlm_helpers.head import ROWS
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.quantization import freeze_ternary
 from flashlm_helpers.vocab import BOS, EOS, PAD, Vocabulary
 
 LEVEL = 0.95  # of the intervals
-_LANES, _POSITIONS = 32, 2048  # sequences side by side, and positions of all of them, in the model at once
-_ROWS = 512  # positions whose logits are in memory at once
+_POSITIONS = 2048  # in the model at once, of all sequences that stand side by side
 
 # (model, BPC, how it was counted): what others report, and why these figures cannot be compared with ours directly.
 PUBLISHED = (
@@ -64,19 +64,29 @@ def encode_stories(vocabulary: Vocabulary, stories: Sequence[str]) -> list[np.nd
     return [np.concatenate(([BOS], ids, [EOS])).astype(np.int64) for ids in vocabulary.encode_batch(stories)]
 
 
+def _count_lanes(lengths: list[int]) -> int:
+    """Side by side in how many lanes sequences of these lengths take the fewest passes of _POSITIONS positions."""
+
+    def passes(lanes: int) -> int:
+        pieces = [-(-length * lanes // _POSITIONS) for length in lengths]
+        return max(max(pieces, default=0), -(-sum(pieces) // lanes))
+
+    return min((32, 16, 8, 4, 2, 1), key=passes)
+
+
 @torch.no_grad()
 def token_nats(model: FlashLM, sequences: Sequence[np.ndarray], bfloat16: bool | None = None) -> list[np.ndarray]:
     """-ln p of every id but the first of each sequence, given all ids before it; float64 arrays.
 
     sequences: ids starting with BOS, of any length; nothing is truncated and memory does not grow with length.
-    bfloat16: how matrix products are made (None: as in training on this machine); all the rest is float32.
+    bfloat16: whether matrix products are made in it (None: where the processor has it); all the rest is float32.
     """
     frozen = freeze_ternary(model)
     if frozen.compiled:
         frozen.compile()
     result = [np.empty(len(sequence) - 1) for sequence in sequences]
     # The sequences stand end to end in a few lanes, whose width never changes: no padding, and one compiled program.
-    lanes = min(_LANES, len(sequences))
+    lanes = _count_lanes([len(nats) for nats in result])
     width = _POSITIONS // lanes
     queues: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]  # (sequence, first position) of every piece
     for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
@@ -94,7 +104,7 @@ def token_nats(model: FlashLM, sequences: Sequence[np.ndarray], bfloat16: bool |
             past = [state * carried for state in past]
         with products(bfloat16):
             hidden, past = frozen.hidden(ids[:, :-1], past)
-            rows = zip(hidden.flatten(0, 1).split(_ROWS), ids[:, 1:].flatten().split(_ROWS), strict=True)
+            rows = zip(hidden.flatten(0, 1).split(ROWS), ids[:, 1:].flatten().split(ROWS), strict=True)
             nats = torch.cat([frozen.row_nats(frozen.head(h), targets) for h, targets in rows]).view(lanes, width)
         for lane, (i, start) in enumerate(pieces):
             if i is not None:

@@ -19,8 +19,9 @@ class _CausalConvolution(torch.autograd.Function):
     def forward(ctx, value: Tensor, past: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
         time, window = value.shape[1], torch.cat([past, value], dim=1)
         ctx.save_for_backward(window, taps)
-        mixed = sum(window[:, k : k + time] * taps[k] for k in range(len(taps)))
-        return mixed, window[:, time:].clone()
+        mixed, past = sum(window[:, k : k + time] * taps[k] for k in range(len(taps))), window[:, time:].clone()
+        ctx.mark_non_differentiable(past)
+        return mixed, past
 
     @staticmethod
     def backward(ctx, gradient: Tensor, _) -> tuple[Tensor, None, Tensor]:
@@ -35,8 +36,8 @@ class _CausalConvolution(torch.autograd.Function):
 def causal_convolution(value: Tensor, past: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
     """Depthwise: each channel of position t becomes a weighted sum of its K values at t-K+1 ... t.
 
-    value: (B, T, D). past: the K-1 values before them, (B, K-1, D); no gradient flows into it. taps: (K, D), the last
-    row weighs the present. Returns (mixed, past): (B, T, D), and the `past` of the position after value.
+    value: (B, T, D). past: the K-1 values before them, (B, K-1, D). taps: (K, D), the last row weighs the present.
+    Returns (mixed, past): (B, T, D), and the `past` of the position after value. No gradient flows through a `past`.
     """
     return _CausalConvolution.apply(value, past, taps)
 

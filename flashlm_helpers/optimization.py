@@ -1,5 +1,6 @@
 """One optimizer step: the gradient of a batch, in as many parts as memory asks for, and AdamW."""
 
+import functools
 import math
 
 import torch
@@ -31,6 +32,7 @@ def step_memory(model: ModelConfig, sequences: int) -> int:
     return sequences * model.sequence_length * activations + GIB // 2
 
 
+@functools.lru_cache  # limits of memory may change while a run goes on; its last bits must not
 def microbatch(model: ModelConfig) -> int:
     """How many sequences pass the model at once: as many as are fast, and fit in half of the memory.
 

@@ -65,8 +65,9 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """An estimate from the pace so far; infinite before the first step."""
-        return self.elapsed * (1 - self.fraction) / self.fraction if self.fraction else math.inf
+        """An estimate from the pace since preparing; infinite before the first step."""
+        spent = self.elapsed - self.seconds["prepare"]
+        return spent * (1 - self.fraction) / self.fraction if self.fraction else math.inf
 
 
 @dataclass
@@ -116,9 +117,10 @@ class Trainer:
         if content["optimizer"] is None:
             raise FlashLMError(f"this checkpoint holds no optimizer state: resume from {LAST} of the same run")
         before = content["train_config"]
-        kept = {name: getattr(before, name) for name in ("batch", "bfloat16", "compile")
-                if getattr(self.config, name) is None}
-        self.config = replace(self.config, **kept)
+        same_budget = (self.config.hours, self.config.epochs) == (before.hours, before.epochs)
+        # Another budget may well repay compiling; the same one must go on in the same way, to the last bit.
+        kept = ("batch", "bfloat16", "compile") if same_budget else ("batch",)
+        self.config = replace(self.config, **{n: getattr(before, n) for n in kept if getattr(self.config, n) is None})
         self.model.load_state_dict(content["model"].state_dict())
         self.optimizer.load_state_dict(content["optimizer"])
         self.progress = Progress(**content["progress"])
@@ -126,7 +128,7 @@ class Trainer:
         if not (self.save_dir / BEST).is_file():
             self.progress.best = {}  # the best weights stayed elsewhere: the next validation sets the mark anew
         spent = self._fraction(self.progress.step, self.progress.elapsed)
-        if (self.config.hours, self.config.epochs) != (before.hours, before.epochs):
+        if not same_budget:
             # What was due at a share of the old budget is due at another share of the new one.
             self.progress.next_validation, self.progress.next_point = spent + self._validation_gap(), spent
         if spent >= 1:
@@ -141,9 +143,9 @@ class Trainer:
         p, stopped_by = self.progress, None
         self._mark = self.clock()
         self._began = self._mark - p.elapsed
-        self.config = decide(self.model, self.config, self.tokens, self._expected_seconds())
-        self._lap("prepare")
         with _stop_requests() as requests:
+            self.config = decide(self.model, self.config, self.tokens, self._expected_seconds())
+            self._lap("prepare")
             while not stopped_by:
                 self._step()
                 stopped_by = "interrupt" if requests else "budget" if p.fraction >= 1 else None
@@ -161,7 +163,7 @@ class Trainer:
         return self._finish(stopped_by)
 
     def _fraction(self, step: int, elapsed: float) -> float:
-        """Share of the budget spent after `step` steps and `elapsed` seconds, those of preparing left out of both."""
+        """Share of the budget spent after `step` steps and `elapsed` seconds; what preparing took is taken off both."""
         shares = []
         if self.config.hours is not None:
             prepared = self.progress.seconds["prepare"]
@@ -300,11 +302,14 @@ class TerminalLine:
 
     def __init__(self):
         # Where nobody watches (a log file), a line every half minute is enough.
-        self.bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:16}| {postfix}", file=sys.stderr,
-                        mininterval=0.5 if sys.stderr.isatty() else 30.0)
+        self.interval = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = None  # made at the first step: until then others write to the terminal
 
     def __call__(self, p: Progress) -> None:
         """Show the progress after a step."""
+        if self.bar is None:
+            self.bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar:16}| {postfix}", file=sys.stderr,
+                            mininterval=self.interval)
         valid = f", valid {p.history['valid'][-1]['nats_per_token']:.3f}" if p.history["valid"] else ""
         self.bar.set_postfix_str(f"loss {p.loss:.3f}{valid} nats, lr {p.lr:.1e}, {p.tokens_per_second:,.0f} tokens/s, "
                                  f"{p.tokens_seen / 1e6:.2f} M tokens, {p.seconds_left:.0f} s left", refresh=False)

@@ -1,5 +1,7 @@
 import itertools
+import os
 import signal
+import tempfile
 
 import pytest
 import torch
@@ -8,6 +10,9 @@ from flashlm_helpers import builtin
 from flashlm_helpers.config import ModelConfig, TrainConfig
 from flashlm_helpers.corpus import SEPARATOR, open_corpus
 from flashlm_helpers.tokens import prepare
+
+# What tests compile is neither the clone's cache nor in a folder that is gone with the first test.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "flashlm-tests-compiled"))
 
 
 def write_stories(path, stories):

@@ -1,8 +1,10 @@
 import copy
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,14 +126,17 @@ def test_microbatches_add_up_to_the_batch(model, batch, monkeypatch, parts):
     whole = copy.deepcopy(model)
     expected = accumulate_gradient(whole, *batch, bfloat16=False)
     monkeypatch.setattr(optimization, "MICROBATCH_TOKENS", 32 * parts)
+    optimization.microbatch.cache_clear()
     assert accumulate_gradient(model, *batch, bfloat16=False) == pytest.approx(expected, rel=1e-5)
     assert_close(gradients(model), gradients(whole), 1e-5)
 
 
 def test_little_memory_makes_small_microbatches_and_too_little_is_refused(model_config, monkeypatch):
+    optimization.microbatch.cache_clear()
     usable = 2 * optimization.step_memory(model_config, 3)
     monkeypatch.setattr(optimization, "usable_memory", lambda: usable)
     assert optimization.microbatch(model_config) == 3
+    optimization.microbatch.cache_clear()
     monkeypatch.setattr(optimization, "usable_memory", lambda: 10**6)
     with pytest.raises(FlashLMError, match="GiB are usable"):
         optimization.microbatch(model_config)
@@ -145,7 +150,7 @@ def test_scores_do_not_depend_on_which_stories_stand_beside(model, vocabulary, s
         np.testing.assert_allclose(together[i], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_scores_in_bfloat16_are_close_and_unbiased(prepared, model_config, stories, tmp_path):
+def test_scores_in_bfloat16_are_close(prepared, model_config, stories, tmp_path):
     result = train(model_config, TrainConfig(epochs=4, batch=4, lr=1e-2, validation_stories=5), *prepared, tmp_path,
                    on_step=quiet)
     exact, rounded = (evaluate(result.model, prepared[0], stories[100:], bfloat16) for bfloat16 in (False, True))
@@ -163,10 +168,11 @@ def eager_only(monkeypatch):
 
 @pytest.mark.parametrize("config, seconds, batch", [
     (TrainConfig(hours=1), 3600, 16), (TrainConfig(hours=1), 60, 8), (TrainConfig(epochs=9), 3600, 8),
-    (TrainConfig(hours=1, batch=5), 3600, 5), (TrainConfig(hours=1, epochs=1), 3600, 16)])
+    (TrainConfig(hours=1, batch=5), 3600, 5), (TrainConfig(hours=1, epochs=1), 3600, 8)])
 def test_the_batch_is_measured_when_there_is_time_and_none_is_given(
         model, prepared, monkeypatch, eager_only, config, seconds, batch):
-    monkeypatch.setattr(fastpath, "measure_batches", lambda step: step(2) and {8: 10.0, 16: 19.0, 32: 20.0})
+    speeds = {8: 10.0, 16: 19.0, 32: 20.0}
+    monkeypatch.setattr(fastpath, "measure_batches", lambda step, batches, limit: step(2) and speeds)
     before = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     decided = decide(model, config, prepared[1], seconds)
     assert decided.batch == batch and decided.compile is False and decided.bfloat16 is not None
@@ -189,9 +195,11 @@ def test_batches_are_timed_without_their_first_turn():
         calls.append(batch)
         now[0] += 100 if calls.count(batch) == 1 else 1 + batch / 8
 
-    speeds = measure_batches(step, clock=lambda: now[0])
-    assert speeds == pytest.approx({batch: batch / (1 + batch / 8) for batch in fastpath.BATCHES})
-    assert calls[:3] == list(fastpath.BATCHES)
+    speeds = measure_batches(step, (4, 8, 16), limit=2200, clock=lambda: now[0])  # 100 s x 3 turns x 28 / 4 = 2100
+    assert speeds == pytest.approx({batch: batch / (1 + batch / 8) for batch in (4, 8, 16)})
+    assert calls[:5] == [4, 4, 8, 16, 4]
+    calls.clear()
+    assert measure_batches(step, (4, 8, 16), limit=2000, clock=lambda: now[0]) == {} and calls == [4]
 
 
 def test_without_a_compiler_one_line_says_what_one_would_bring(model, prepared, monkeypatch, capsys):
@@ -202,15 +210,63 @@ def test_without_a_compiler_one_line_says_what_one_would_bring(model, prepared, 
     assert message.count("\n") == 1 and "C++ compiler" in message
 
 
+def test_the_decision_has_a_line_of_its_own(prepared, model_config, train_config, tmp_path, capsys):
+    train(model_config, train_config, *prepared, tmp_path)
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert "float" in first and "eager" in first and "batch 8" in first and "%" not in first
+
+
 def test_a_compiler_that_fails_leaves_the_model_eager(model, batch, monkeypatch):
     def broken(*_, **__):
-        raise RuntimeError("cannot find\nPython.h")
+        raise RuntimeError(f"C++ compile error\nCommand:\ng++ {'-I x ' * 500}\nOutput:\n"
+                           "x.cpp:1:2: fatal error: Python.h: No such file\ncompilation terminated.")
 
     monkeypatch.setattr(FlashLM, "compile", lambda self: setattr(self, "loss", broken))
     monkeypatch.setattr(fastpath.shutil, "which", lambda name: "/usr/bin/g++")
     reason = compile_model(model, bfloat16=False)
-    assert "cannot find Python.h" in reason and "\n" not in reason
+    assert reason == "torch.compile failed: Python.h: No such file"
     assert not model.compiled and accumulate_gradient(model, *batch, bfloat16=False) > 0
+
+
+def test_one_long_story_among_short_ones_costs_no_more_than_its_length(model, vocabulary, stories, monkeypatch):
+    positions, hidden = [], FlashLM.hidden
+    monkeypatch.setattr(FlashLM, "hidden", lambda self, ids, past: positions.append(ids.numel()) or hidden(
+        self, ids, past))
+    sequences = encode_stories(vocabulary, [" ".join(stories), *stories[:31]])
+    together = token_nats(model, sequences, bfloat16=False)
+    assert sum(positions) < 2 * sum(map(len, sequences))
+    positions.clear()
+    token_nats(model, sequences[1:], bfloat16=False)
+    assert sum(positions) < 1.5 * sum(map(len, sequences[1:]))
+    np.testing.assert_allclose(together[0], token_nats(model, sequences[:1], bfloat16=False)[0], rtol=1e-4, atol=1e-5)
+    assert token_nats(model, []) == []
+
+
+def test_a_run_extended_to_another_budget_is_decided_anew(prepared, model_config, tmp_path):
+    config = TrainConfig(epochs=0.05, validation_stories=2)
+    train(model_config, config, *prepared, tmp_path, on_step=quiet)
+    stopped = load_checkpoint(tmp_path, LAST)
+    stopped["train_config"] = replace(stopped["train_config"], batch=5, compile=False, bfloat16=False)
+    for epochs, expected in ((0.05, (5, False, False)), (3, (5, None, None))):
+        trainer = Trainer(model_config, replace(config, epochs=epochs), *prepared, tmp_path)
+        with suppress(FlashLMError):
+            trainer.restore(stopped)
+        assert (trainer.config.batch, trainer.config.compile, trainer.config.bfloat16) == expected
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "a space"])
+def test_programs_are_kept_elsewhere_where_they_cannot_be_in_data(tmp_path, monkeypatch, obstacle):
+    home = tmp_path / ("home" if obstacle == "a file" else "my home")
+    (home / "data").mkdir(parents=True)
+    if obstacle == "a file":
+        (home / "data" / "compiled").write_text("")
+    monkeypatch.setenv("FLASHLM_HOME", str(home))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    fastpath.keep_programs()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("FLASHLM_HOME", str(tmp_path / "free"))
+    fastpath.keep_programs()
+    assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(tmp_path / "free" / "data" / "compiled")
 
 
 @needs_compiler
@@ -242,10 +298,11 @@ def test_preparing_takes_nothing_from_the_schedule(prepared, model_config, tmp_p
 
     monkeypatch.setattr("flashlm_helpers.training.decide", slow_decide)
     trainer.clock = lambda: now[0] + trainer.progress.step
-    rates = []
-    result = trainer.run(lambda p: rates.append(p.lr))
+    rates, left = [], []
+    result = trainer.run(lambda p: (rates.append(p.lr), left.append(p.seconds_left)))
     assert result.report["steps"] == 12 and result.report["seconds_by_activity"]["prepare"] == 8
     peak = trainer.config.lr
+    assert 3 < left[2] < 10  # after 3 of 12 steps, what preparing took must not be counted on
     assert rates[1:6] == [peak] * 5 and rates[-1] == 0 and rates[6:] == sorted(rates[6:], reverse=True)
 
 
@@ -267,4 +324,4 @@ print(faults(20))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_freed_memory_is_used_again_without_asking_the_system():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2_000  # twenty turns of 84 MB are 410,000 pages
+    assert int(done.stdout) < 40_000  # twenty turns of 84 MB are 410,000 pages

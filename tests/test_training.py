@@ -231,6 +231,9 @@ def test_damaged_and_foreign_checkpoints_are_one_clear_line(tmp_path, whole_run)
         with pytest.raises(FlashLMError) as caught:
             load_checkpoint(path)
         assert "\n" not in str(caught.value)
+    torch.save({"format": "flashlm-checkpoint-1"}, path)
+    with pytest.raises(FlashLMError, match="earlier version"):
+        load_checkpoint(path)
     for foreign in ({"weights": torch.ones(2)}, [1, 2], torch.ones(3), {"format": "flashlm-checkpoint-2"}):
         torch.save(foreign, path)
         with pytest.raises(FlashLMError):
