@@ -2,6 +2,7 @@
 
 Every variant lives in a process of its own, so that its memory can be read and no setting leaks into another; they take
 turns, one at a time, and medians are reported. Rates are compared within one run only: machines are shared and noisy.
+Together the processes take about 5 GB of memory for v4-small and 9 GB for v4-large.
 """
 
 import argparse
