@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import write_stories
 
-from flashlm_helpers import corpus
+from flashlm_helpers import corpus, fastpath
 from flashlm_helpers.__main__ import main, stories_for
 from flashlm_helpers.evaluation import evaluate
 
@@ -189,6 +189,15 @@ def test_bad_arguments_are_one_line(text_dir, tmp_path, run, capsys):
         ([], "required"),
     ]:
         assert complaint in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("flags, compilations", [([], 1), (["--eager"], 0)])
+def test_eager_turns_compiling_off(text_dir, home, monkeypatch, flags, compilations):
+    calls = []
+    monkeypatch.setattr(fastpath, "COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(fastpath, "compile_model", lambda model, bfloat16: calls.append(model) or "not in this test")
+    assert main(["train", *QUICK, *flags, "--text-dir", str(text_dir), "--save-dir", str(home / "run")]) == 0
+    assert len(calls) == compilations
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
