@@ -63,7 +63,8 @@ def training_variant(parts: set, preset: str, text_dir: str | None, bfloat16: bo
     """A function that does one optimizer step, and the tokens it takes."""
     config, (_, tokens, _) = PRESETS[preset], open_text(text_dir)
     batch = FAST_BATCH.get(preset, 8) if "batch" in parts else BATCH
-    train_config = TrainConfig(hours=1, lr=1e-3, batch=batch, bfloat16=bfloat16 and "bfloat16" in parts)
+    train_config = TrainConfig(hours=1, optimizer="adamw", lr=1e-3, batch=batch,
+                               bfloat16=bfloat16 and "bfloat16" in parts)
     torch.manual_seed(0)
     model = FlashLM(config)
     if "memory" in parts:
@@ -220,7 +221,8 @@ def same_loss(args, steps: int = 300, batch: int = 8) -> dict:
     vocabulary, tokens, valid = open_text(args.text_dir)
     stories, losses = [vocabulary.decode(ids) for ids in valid.sample_stories(200)], {}
     for name in ("plain", "fast"):
-        config = TrainConfig(epochs=1, batch=batch, bfloat16=name == "fast" and has_bfloat16() and not args.float32)
+        config = TrainConfig(epochs=1, batch=batch, optimizer="adamw",
+                             bfloat16=name == "fast" and has_bfloat16() and not args.float32)
         torch.manual_seed(0)
         model = FlashLM(PRESETS[args.preset])
         if name == "plain":

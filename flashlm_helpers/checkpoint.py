@@ -9,6 +9,7 @@ import torch
 from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig
 from flashlm_helpers.files import atomic_write, one_line
 from flashlm_helpers.model import FlashLM
+from flashlm_helpers.optimization import Optimizers
 from flashlm_helpers.vocab import Vocabulary
 
 _FORMAT, _EARLIER = "flashlm-checkpoint-2", ("flashlm-checkpoint-1",)
@@ -21,7 +22,7 @@ class _EarlierVersion(Exception):
 
 def save_checkpoint(path: str | Path, model: FlashLM, train_config: TrainConfig, vocabulary: Vocabulary,
                     source: dict | None = None, progress: dict | None = None,
-                    optimizer: torch.optim.Optimizer | None = None) -> None:
+                    optimizer: Optimizers | None = None) -> None:
     """Write everything a run consists of, atomically: a crash leaves the previous checkpoint whole.
 
     source: how to open the corpus again. progress: the trainer's state in plain values. Without `optimizer`
@@ -61,7 +62,8 @@ def load_checkpoint(path: str | Path, prefer: str = BEST) -> dict:
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise FlashLMError("it is no FlashLM checkpoint of this version")
         content["model_config"] = ModelConfig(**content["model_config"])
-        content["train_config"] = TrainConfig(**content["train_config"])
+        # What was saved before there was a choice was trained by AdamW.
+        content["train_config"] = TrainConfig(**{"optimizer": "adamw"} | content["train_config"])
         saved = content["vocabulary"]
         content["vocabulary"] = Vocabulary(saved["kept"], saved["coverage"])
         content["vocabulary"].require(saved["hash"], str(path))

@@ -1,7 +1,7 @@
 """What a model and a run consist of, the presets, the speed profiles, and the error a person can cause."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -15,7 +15,11 @@ class ModelConfig:
 
     width: D, the residual stream. blocks: number of BoltBlocks. hidden: H, inside the GLU.
     kernel_size: K, tokens each convolution sees. sequence_length: T, tokens in a training window.
-    Raises FlashLMError if any size is not a positive whole number.
+    attention: which blocks, counted from 0, mix by attention (model.AttentionMixer) and not by a convolution alone.
+    heads, window: of that attention; how many tokens, itself included, a position attends to.
+    layer_scale: whether what a block adds to the stream passes a learned factor a channel, 0 at the start.
+    ternary: False makes the float twin, the same model with float weights.
+    Raises FlashLMError if any size is not a positive whole number, or if they do not fit together.
     """
 
     name: str
@@ -25,25 +29,51 @@ class ModelConfig:
     sequence_length: int
     kernel_size: int = 8
     vocabulary_size: int = 10_000
+    attention: tuple[int, ...] = ()
+    heads: int = 4
+    window: int = 256
+    layer_scale: bool = False
+    ternary: bool = True
 
     def __post_init__(self):
-        for field in ("width", "blocks", "hidden", "sequence_length", "kernel_size", "vocabulary_size"):
+        for field in ("width", "blocks", "hidden", "sequence_length", "kernel_size", "vocabulary_size", "heads",
+                      "window"):
             size = getattr(self, field)
             if not isinstance(size, int) or size < 1:
                 raise FlashLMError(f"{field} must be a positive whole number, not {size!r}")
+        if not isinstance(self.attention, tuple) or not set(self.attention) <= set(range(self.blocks)):
+            raise FlashLMError(f"attention is {self.attention}: it must list blocks, counted from 0 to {self.blocks - 1}")
+        if self.attention and self.width % self.heads:
+            raise FlashLMError(f"a width of {self.width} cannot be shared by {self.heads} heads: choose a divisor")
 
     @property
     def receptive_field(self) -> int:
         """How many tokens, itself included, a position's logits depend on."""
-        return self.blocks * (self.kernel_size - 1) + 1
+        return self.blocks * (self.kernel_size - 1) + len(self.attention) * (self.window - 1) + 1
 
 
 PRESETS = {
     "v4-small": ModelConfig("v4-small", width=192, blocks=6, hidden=512, sequence_length=256),
     "v4-large": ModelConfig("v4-large", width=384, blocks=8, hidden=1024, sequence_length=512),
+    # With attention in every other block, layer scales and fewer tokens in the vocabulary (notebook 11).
+    "hybrid-small": ModelConfig("hybrid-small", width=256, blocks=4, hidden=640, sequence_length=256,
+                                vocabulary_size=4096, attention=(1, 3), layer_scale=True),
+    "hybrid-large": ModelConfig("hybrid-large", width=320, blocks=4, hidden=640, sequence_length=256,
+                                vocabulary_size=4096, attention=(0, 2), heads=5, layer_scale=True),
     # Not a v4: small enough for tests and for notebooks in the smoke profile.
     "tiny": ModelConfig("tiny", width=64, blocks=2, hidden=128, sequence_length=128),
 }
+
+
+# The float twin of each: what ternary weights cost is the difference.
+PRESETS |= {f"{name}-float": replace(config, name=f"{name}-float", ternary=False) for name, config in PRESETS.items()}
+
+
+def find_preset(name: str) -> ModelConfig:
+    """The preset of that name; raises FlashLMError if there is none."""
+    if name not in PRESETS:
+        raise FlashLMError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 LARGEST_BATCH = 4096  # a million tokens a step, far beyond what two CPU cores can use
@@ -61,10 +91,11 @@ class TrainConfig:
 
     hours: wall-clock budget; epochs: passes over the text; whichever ends first (one may be None).
     batch: sequences a step. lr: peak learning rate. warmup, decay: shares of the budget spent rising
-    to the peak and falling to lr * floor. clip: largest gradient norm. patience: validations without
-    a better loss before stopping early. validation_stories: how many stories each validation scores.
-    bfloat16: the number format of matrix products. compile: by torch.compile. What is None of batch, bfloat16 and
-    compile is decided for the machine when training starts (fastpath.py).
+    to the peak and falling to lr * floor. optimizer: of the ternary weights, "muon" or "adamw". dropout: share of
+    activations left out while training, which helps where a text is read many times. clip: largest gradient norm.
+    patience: validations without a better loss before stopping early. validation_stories: how many stories each
+    validation scores. bfloat16: the number format of matrix products. compile: by torch.compile. What is None of
+    batch, bfloat16 and compile is decided for the machine when training starts (fastpath.py).
     Raises FlashLMError for a budget, batch or rate that no run can have.
     """
 
@@ -77,6 +108,8 @@ class TrainConfig:
     decay: float = 0.5
     floor: float = 0.0
     weight_decay: float = 0.1
+    optimizer: str = "muon"
+    dropout: float = 0.0
     clip: float = 1.0
     patience: int = 10
     validation_stories: int = 256
@@ -97,6 +130,10 @@ class TrainConfig:
         if self.batch is not None and self.batch > LARGEST_BATCH:
             raise FlashLMError(f"batch must be at most {LARGEST_BATCH:,} sequences, not {self.batch:,}: try --batch 32")
         check_seed(self.seed)
+        if self.optimizer not in ("muon", "adamw"):
+            raise FlashLMError(f"optimizer must be muon or adamw, not {self.optimizer!r}")
+        if not 0 <= self.dropout < 1:
+            raise FlashLMError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
             raise FlashLMError("warmup and decay are shares of the budget: each at least 0, together at most 1")
 

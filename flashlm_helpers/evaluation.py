@@ -81,11 +81,9 @@ def token_nats(model: FlashLM, sequences: Sequence[np.ndarray], bfloat16: bool |
     sequences: ids starting with BOS, of any length; nothing is truncated and memory does not grow with length.
     bfloat16: whether matrix products are made in it (None: where the processor has it); all the rest is float32.
     """
-    frozen = freeze_ternary(model)
-    if frozen.compiled:
-        frozen.compile()
+    frozen = freeze_ternary(model)  # its blocks are eager: compiling them once more takes longer than it saves
     result = [np.empty(len(sequence) - 1) for sequence in sequences]
-    # The sequences stand end to end in a few lanes, whose width never changes: no padding, and one compiled program.
+    # The sequences stand end to end in a few lanes, whose width never changes: no padding, and one program for rows.
     lanes = _count_lanes([len(nats) for nats in result])
     width = _POSITIONS // lanes
     queues: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]  # (sequence, first position) of every piece
@@ -100,8 +98,8 @@ def token_nats(model: FlashLM, sequences: Sequence[np.ndarray], bfloat16: bool |
                 piece = torch.from_numpy(sequences[i][start : start + width + 1])
                 ids[lane, : len(piece)] = piece
         if past is not None:
-            carried = torch.tensor([start > 0 for _, start in pieces]).view(-1, 1, 1)
-            past = [state * carried for state in past]
+            carried = torch.tensor([start > 0 for _, start in pieces])
+            past = [state * carried.view(-1, *[1] * (state.ndim - 1)) for state in past]
         with products(bfloat16):
             hidden, past = frozen.hidden(ids[:, :-1], past)
             rows = zip(hidden.flatten(0, 1).split(ROWS), ids[:, 1:].flatten().split(ROWS), strict=True)

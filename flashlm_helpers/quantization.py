@@ -45,11 +45,13 @@ class BitLinear(nn.Linear):
     """A linear layer without bias whose weights are ternary when it computes, float when it learns.
 
     Input (..., D_in), output (..., D_out). `weight` is the latent float weight that the optimizer moves.
+    ternary: False leaves the weights float in both, for measuring what ternary weights cost.
     Source: arXiv:2402.17764 (weights as there; activations stay float in FlashLM v4).
     """
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, ternary: bool = True):
         super().__init__(in_features, out_features, bias=False)
+        self.ternary = ternary
 
     def reset_parameters(self) -> None:
         """Draw the latent weight from a normal distribution with standard deviation 1 / sqrt(D_in)."""
@@ -57,7 +59,12 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x (..., D_in) by the ternary weight; returns (..., D_out)."""
-        return F.linear(x, quantize_straight_through(self.weight))
+        return F.linear(x, self.effective_weight)
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """The weight (D_out, D_in) that the layer computes with."""
+        return quantize_straight_through(self.weight) if self.ternary else self.weight
 
 
 def freeze_ternary(model: nn.Module) -> nn.Module:
@@ -70,6 +77,6 @@ def freeze_ternary(model: nn.Module) -> nn.Module:
         for name, layer in parent.named_children():
             if isinstance(layer, BitLinear):
                 linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                linear.weight = nn.Parameter(quantize_straight_through(layer.weight), requires_grad=False)
+                linear.weight = nn.Parameter(layer.effective_weight, requires_grad=False)
                 setattr(parent, name, linear)
     return frozen

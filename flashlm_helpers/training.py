@@ -20,7 +20,7 @@ from flashlm_helpers.fastpath import DEFAULT_BATCH, decide, keep_programs
 from flashlm_helpers.files import write_json
 from flashlm_helpers.hardware import describe_hardware, keep_freed_memory, peak_memory, usable_cores
 from flashlm_helpers.model import FlashLM
-from flashlm_helpers.optimization import make_optimizer, microbatch, optimizer_step
+from flashlm_helpers.optimization import Optimizers, make_optimizer, microbatch, optimizer_step
 from flashlm_helpers.schedule import learning_rate
 from flashlm_helpers.tokens import TokenFile
 from flashlm_helpers.vocab import PAD, Vocabulary
@@ -99,6 +99,7 @@ class Trainer:
         self.config, self.vocabulary, self.clock, self.source = train_config, vocabulary, clock, source
         self.tokens, self.save_dir = train_tokens, Path(save_dir)
         self.model = FlashLM(replace(model_config, vocabulary_size=len(vocabulary)))
+        self.model.dropout = train_config.dropout
         self.optimizer = make_optimizer(self.model, train_config)
         self.valid_stories = [vocabulary.decode(ids)
                               for ids in valid_tokens.sample_stories(train_config.validation_stories)]
@@ -222,7 +223,8 @@ class Trainer:
         p = self.progress
         report = evaluate(self.model, self.vocabulary, self.valid_stories, self.config.bfloat16).as_dict()
         p.history["valid"].append({"step": p.step, "seconds": p.elapsed, "tokens": p.tokens_seen,
-                                   "nats_per_token": report["nats_per_token"], "bpc": report["bpc"]})
+                                   "nats_per_token": report["nats_per_token"], "bpc": report["bpc"],
+                                   "bpb": report["bpb"]})
         p.next_validation = p.fraction + self._validation_gap()
         better = not p.best or report["nats_per_token"] < p.best["nats_per_token"]
         p.validations_since_best = 0 if better else p.validations_since_best + 1
@@ -241,7 +243,7 @@ class Trainer:
             gaps.append(tokens / (VALIDATION_SHARE * self.config.epochs * self.tokens.n_tokens))
         return max(gaps)
 
-    def _save(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def _save(self, name: str, optimizer: Optimizers | None = None) -> None:
         save_checkpoint(self.save_dir / name, self.model, self.config, self.vocabulary, self.source,
                         asdict(self.progress), optimizer)
         self._lap("save")

@@ -2,6 +2,7 @@ import itertools
 import os
 import signal
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,8 +32,9 @@ def assert_same_run(one, other):
     """Weights, optimizer state and all that a checkpoint says of a run but its times, bit for bit."""
     for name, tensor in one["model"].state_dict().items():
         assert torch.equal(tensor, other["model"].state_dict()[name]), name
-    for key, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(state[name], other["optimizer"]["state"][key][name]) for name in state)
+    for part, same in zip(one["optimizer"], other["optimizer"], strict=True):
+        for key, state in part["state"].items():
+            assert all(torch.equal(state[name], same["state"][key][name]) for name in state)
     assert torch.equal(one["random_state"], other["random_state"])
     timeless = [{k: v for k, v in content["progress"].items() if k not in ("elapsed", "seconds", "step_seconds")}
                 for content in (one, other)]
@@ -71,6 +73,21 @@ def vocabulary(prepared):
 def model_config(vocabulary):
     return ModelConfig("test", width=16, blocks=2, hidden=24, sequence_length=32, kernel_size=4,
                        vocabulary_size=len(vocabulary))
+
+
+@pytest.fixture
+def hybrid_config(model_config):
+    """The same with attention of a short window in one block, and layer scales."""
+    return replace(model_config, attention=(1,), heads=2, window=12, layer_scale=True)
+
+
+def stir(model):
+    """Give the layer scales values, so that blocks count; as they start, they do not."""
+    with torch.no_grad():
+        for block in model.blocks:
+            if block.layer_scale is not None:
+                block.layer_scale.normal_(1.0, 0.3)
+    return model
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_the_plain_reference_computes_the_same_model(model, batch):
 
 
 def test_plain_and_fast_steps_keep_the_same_weights(model, batch):
-    config = TrainConfig(epochs=1, lr=1e-3, bfloat16=False)
+    config = TrainConfig(epochs=1, lr=1e-3, optimizer="adamw", bfloat16=False)
     reference = plain.PlainFlashLM(model.config)
     reference.load_state_dict(model.state_dict())
     for m, optimizer in ((model, make_optimizer(model, config)), (reference, plain.plain_optimizer(reference, config))):

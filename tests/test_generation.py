@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from conftest import stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,10 +14,10 @@ from flashlm_helpers.vocab import BOS, EOS, PAD, UNK
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 5.0, 0.0]])
 
 
-@pytest.fixture
-def model(model_config):
+@pytest.fixture(params=["model_config", "hybrid_config"])
+def model(request):
     torch.manual_seed(3)
-    model = FlashLM(model_config)
+    model = stir(FlashLM(request.getfixturevalue(request.param)))
     with torch.no_grad():
         model.embedding.weight.mul_(30)
     return model

@@ -1,23 +1,28 @@
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from flashlm_helpers.config import PRESETS, FlashLMError, ModelConfig, TrainConfig
 from flashlm_helpers.head import ROWS, head_cross_entropy
-from flashlm_helpers.model import FlashLM, GatedConvMixer, TernaryGLU, count_parameters
-from flashlm_helpers.quantization import quantize_straight_through
+from flashlm_helpers.model import AttentionMixer, FlashLM, GatedConvMixer, TernaryGLU, count_parameters
+from flashlm_helpers.quantization import BitLinear, quantize_straight_through
 
 CONFIG = ModelConfig("test", width=12, blocks=3, hidden=20, sequence_length=64, kernel_size=4, vocabulary_size=50)
 
+HYBRID = replace(CONFIG, attention=(1,), heads=3, window=9, layer_scale=True)
 
-@pytest.fixture(scope="module")
-def model():
+
+@pytest.fixture(scope="module", params=[CONFIG, HYBRID, replace(CONFIG, attention=(0, 2), heads=1, window=1)],
+                ids=["v4", "hybrid", "window of 1"])
+def model(request):
     torch.manual_seed(0)
-    return FlashLM(CONFIG)
+    return stir(FlashLM(request.param))
 
 
 def draw_ids(seed, *shape):
@@ -43,7 +48,7 @@ def test_the_receptive_field_is_exactly_what_the_config_says(model):
     for t in range(30):
         edited = ids.clone()
         edited[0, t] = (edited[0, t] + 1) % 50
-        assert torch.equal(model(edited)[0, -1], last) == (30 - t > CONFIG.receptive_field)
+        assert torch.equal(model(edited)[0, -1], last) == (30 - t > model.config.receptive_field)
 
 
 @given(st.integers(0, 100), st.lists(st.integers(1, 15), min_size=1, max_size=6))
@@ -51,12 +56,75 @@ def test_the_receptive_field_is_exactly_what_the_config_says(model):
 def test_carrying_the_state_equals_the_full_pass(model, seed, pieces):
     ids = draw_ids(seed, 2, sum(pieces))
     full, _ = model.hidden(ids)
-    past, parts = None, []
+    past, parts, sizes = None, [], None
     for piece in ids.split(pieces, dim=1):
         hidden, past = model.hidden(piece, past)
         parts.append(hidden)
-        assert all(state.shape == (2, CONFIG.kernel_size - 1, CONFIG.width) for state in past)
+        assert sizes in (None, [state.shape for state in past])  # whatever was read, the state is of one size
+        sizes = [state.shape for state in past]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(0, 100), st.integers(1, 40))
+@settings(deadline=None)
+def test_a_state_of_zeros_is_the_start_of_a_text(model, seed, time):
+    ids = draw_ids(seed, 2, time)
+    full, past = model.hidden(ids)
+    again, same = model.hidden(ids, [torch.zeros_like(state) for state in past])
+    torch.testing.assert_close([again, *same], [full, *past], rtol=1e-5, atol=1e-5)
+
+
+def test_the_attention_is_softmax_over_a_window_with_a_slope_a_head():
+    width, heads, window = 6, 2, 5
+    mixer, x = AttentionMixer(width, heads, window, kernel_size=3), torch.randn(2, 17, width)
+    projected = x @ quantize_straight_through(mixer.project_in.weight).T
+    padded = F.pad(projected[..., : 3 * width].transpose(1, 2), (2, 0))
+    mixed = F.conv1d(padded, mixer.taps.T.unsqueeze(1), groups=3 * width).transpose(1, 2)
+    attended = torch.zeros(2, 17, width)
+    for b, t, head in itertools.product(range(2), range(17), range(heads)):
+        query, key, value = (mixed[b].split(width, dim=-1)[n].split(width // heads, dim=-1)[head] for n in range(3))
+        query, key = (part / (part.square().mean(-1, keepdim=True) + 1e-12).sqrt() for part in (query, key))
+        seen = range(max(0, t - window + 1), t + 1)
+        scores = torch.stack([query[t] @ key[s] / (width // heads) ** 0.5 - (0.5, 2.0**-8)[head] * (t - s)
+                              for s in seen])
+        place = slice(head * width // heads, (head + 1) * width // heads)
+        attended[b, t, place] = scores.softmax(0) @ value[seen.start : seen.stop]
+    expected = (attended * torch.sigmoid(projected[..., 3 * width :])) @ mixer.project_out.effective_weight.T
+    torch.testing.assert_close(mixer(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_scales_start_a_model_as_its_embedding_alone():
+    model, ids = FlashLM(HYBRID), draw_ids(0, 2, 9)
+    torch.testing.assert_close(model.hidden(ids)[0], model.norm(model.embedding(ids)))
+
+
+def test_a_float_twin_computes_with_the_latent_weights():
+    twin = FlashLM(replace(HYBRID, ternary=False))
+    for layer in twin.modules():
+        if isinstance(layer, BitLinear):
+            x = torch.randn(3, layer.in_features)
+            torch.testing.assert_close(layer(x), x @ layer.weight.T)
+            assert len(layer.effective_weight.unique()) > 3
+    for name, config in PRESETS.items():
+        if not name.endswith("-float"):
+            assert PRESETS[f"{name}-float"] == replace(config, name=f"{name}-float", ternary=False)
+
+
+def test_dropout_acts_while_training_only():
+    model, ids = stir(FlashLM(HYBRID)), draw_ids(0, 2, 9)
+    before = model(ids)
+    model.dropout = 0.5
+    hidden = model.hidden(ids)[0]
+    assert 0.2 < (hidden == 0).float().mean() < 0.8 and not torch.equal(hidden, model.hidden(ids)[0])
+    assert torch.equal(model.eval()(ids), before)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"attention": (3,)}, "counted from 0 to 2"), ({"attention": (0,), "heads": 5}, "choose a divisor"),
+    ({"window": 0}, "window must be"), ({"heads": 1.5}, "heads must be")])
+def test_architectures_that_cannot_be_are_refused(change, complaint):
+    with pytest.raises(FlashLMError, match=complaint):
+        replace(CONFIG, **change)
 
 
 def test_the_mixer_is_a_gated_causal_depthwise_convolution():
@@ -84,7 +152,7 @@ def test_presets_have_the_shapes_of_v4(name, total):
 
 
 def test_head_and_embedding_are_one_parameter(model):
-    assert sum(p.numel() for p in model.parameters()) == count_parameters(CONFIG)["total"]
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(model.config)["total"]
     ids = draw_ids(0, 1, 5)
     assert torch.equal(model(ids), model.hidden(ids)[0] @ model.embedding.weight.T)
 
