@@ -1,8 +1,9 @@
-"""The command line: train, eval-bpc, generate and info. Results on stdout, notices and progress on stderr."""
+"""The command line: train, race, eval-bpc, generate and info. Results on stdout, notices and progress on stderr."""
 
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, replace
@@ -32,28 +33,40 @@ def make_parser() -> argparse.ArgumentParser:
     """All commands and flags; the published script's flags keep their names and meaning."""
     parser = OneLineParser(prog="python -m flashlm_helpers", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval-bpc,generate,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,race,eval-bpc,generate,info}")
 
     train = commands.add_parser("train", help="train a model to a time limit")
     size = train.add_mutually_exclusive_group()
     size.add_argument("--small", action="store_true", help="train v4-small (4.4 M parameters)")
     size.add_argument("--large", action="store_true", help="train v4-large (16.9 M); default: by cores and memory")
-    text = train.add_mutually_exclusive_group()
-    text.add_argument("--text-dir", metavar="DIR", help="a folder with train*.txt (and valid*.txt), .jsonl or .parquet")
-    text.add_argument("--dataset", metavar="NAME",
-                      help=f"auto (default), builtin, {', '.join(HUB)}")
+    size.add_argument("--preset", choices=PRESETS, help="train this preset; *-float: its twin with float weights")
     train.add_argument("--hours", type=float, help=f"time limit in hours (default {DEFAULT_HOURS:g} without --epochs)")
     train.add_argument("--epochs", type=float, help="passes over the text; with --hours, whichever ends first")
     train.add_argument("--batch", type=int, help="sequences a step (default: measured if only --hours is given and it "
                                                  "is two minutes or more, otherwise 8)")
     train.add_argument("--eager", action="store_true", help="do not use torch.compile")
     train.add_argument("--lr", type=float, help=f"peak learning rate (default {TrainConfig.lr:g})")
+    train.add_argument("--dropout", type=float, help="share of activations left out while training, such as 0.1 "
+                                                     f"for a text read many times (default {TrainConfig.dropout:g})")
     train.add_argument("--seed", type=int, help=f"of weights and batch order (default {TrainConfig.seed})")
     train.add_argument("--patience", type=int, help="validations without a better loss before stopping "
                                                     f"(default {TrainConfig.patience})")
     train.add_argument("--vocab-size", type=int, help="ids in the vocabulary (default: up to 10,000)")
     train.add_argument("--save-dir", metavar="PATH", help="where the run goes (default: a new folder in checkpoints/)")
     train.add_argument("--resume", metavar="PATH", help="a run's folder or its last.pt: go on exactly where it stopped")
+
+    race = commands.add_parser("race", help="train several models for the same time, and compare them")
+    race.add_argument("--presets", required=True, metavar="A,B,...",
+                      help="who takes part: presets, perhaps with changes, such as v4-small:optimizer=adamw:lr=0.002")
+    race.add_argument("--minutes", required=True, type=float, help="time limit of each run")
+    race.add_argument("--seeds", default="0,1,2", metavar="N,N,...", help="runs of each entrant (default 0,1,2)")
+    race.add_argument("--results", metavar="PATH", help="a .jsonl file: each run adds a line, and what stands there is "
+                                                        "not run again (default: benchmarks/results/race.jsonl)")
+    for command in (train, race):
+        text = command.add_mutually_exclusive_group()
+        text.add_argument("--text-dir", metavar="DIR",
+                          help="a folder with train*.txt (and valid*.txt), .jsonl or .parquet")
+        text.add_argument("--dataset", metavar="NAME", help=f"auto (default), builtin, {', '.join(HUB)}")
 
     evaluate = commands.add_parser("eval-bpc", help="bits per character of a model on a text, beside baselines")
     evaluate.add_argument("--checkpoint", required=True, metavar="PATH", help="a .pt file or a run's folder")
@@ -74,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     which.add_argument("--preset", choices=PRESETS, help="default: the preset for this machine")
     which.add_argument("--checkpoint", metavar="PATH", help="a .pt file or a run's folder")
 
-    for command in (train, evaluate, generate, info):
+    for command in (train, race, evaluate, generate, info):
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -103,7 +116,8 @@ def run_train(args) -> dict:
     from flashlm_helpers.training import train
 
     resume = load_checkpoint(args.resume, LAST) if args.resume else None
-    given = {name: getattr(args, name) for name in ("hours", "epochs", "batch", "lr", "seed", "patience")
+    preset = "v4-large" if args.large else "v4-small" if args.small else args.preset
+    given = {name: getattr(args, name) for name in ("hours", "epochs", "batch", "lr", "dropout", "seed", "patience")
              if getattr(args, name) is not None} | ({"compile": False} if args.eager else {})
     if resume and args.vocab_size:
         raise FlashLMError("--vocab-size is for a new run: a resumed one keeps its vocabulary")
@@ -112,14 +126,14 @@ def run_train(args) -> dict:
         train_config = replace(before, **given)
         if (train_config.hours, train_config.epochs) != (before.hours, before.epochs):  # decided anew
             train_config = replace(before, **({"bfloat16": None, "compile": None} | given))
-        if (args.small or args.large) and model_config.name != ("v4-large" if args.large else "v4-small"):
-            raise FlashLMError(f"{args.resume} holds a {model_config.name}: leave out --small and --large to resume")
+        if preset and preset != model_config.name:
+            raise FlashLMError(f"{args.resume} holds a {model_config.name}: leave out the preset to resume")
         source = resume["source"]
     else:
         if not given.keys() & {"hours", "epochs"}:
             given["hours"] = DEFAULT_HOURS
         train_config = TrainConfig(**given)
-        model_config = PRESETS["v4-large" if args.large else "v4-small" if args.small else choose_preset()]
+        model_config = PRESETS[preset or choose_preset()]
         source = {"dataset": "auto", "text_dir": None, "limit": None, "vocabulary_size": args.vocab_size}
     save_dir = _save_dir(args, model_config.name)
 
@@ -148,6 +162,29 @@ def run_train(args) -> dict:
               f"validation: {report['val_nats_per_token']:.4f} nats/token, BPC {report['bpc']:.4f}, "
               f"BPB {report['bpb']:.4f}\n\n{story}\n\nkept in {save_dir}")
     return result.report | {"story": story, "save_dir": str(save_dir)}
+
+
+def run_race(args) -> dict:
+    """Train several models for the same time; prints a table and draws their curves beside the results."""
+    from flashlm_helpers.plots import plot_race
+    from flashlm_helpers.race import Entrant, race, race_table
+
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        raise FlashLMError(f"--seeds must be whole numbers with commas between them, not {args.seeds!r}") from None
+    entrants = [Entrant.parse(text) for text in re.split(r",(?![^\[]*\])", args.presets)]  # not the commas of lists
+    source = {"dataset": args.dataset, "limit": None if args.text_dir else stories_for(args.minutes / 60),
+              "text_dir": str(Path(args.text_dir).resolve()) if args.text_dir else None}
+    results = Path(args.results) if args.results else project_dir() / "benchmarks" / "results" / "race.jsonl"
+    records = race(entrants, seeds, args.minutes, source, results, project_dir() / "checkpoints" / "race")
+    figure = results.with_suffix(".png")
+    with atomic_write(figure) as file:
+        plot_race(records).savefig(file, dpi=120)
+    table = race_table(records)
+    if not args.json:
+        print(f"{table}\n\nruns in {results}, curves in {figure}")
+    return {"results": str(results), "figure": str(figure), "records": records}
 
 
 def _save_dir(args, preset: str) -> Path:
@@ -254,10 +291,11 @@ def main(arguments: list[str] | None = None) -> int:
         output.reconfigure(errors="backslashreplace")  # a terminal may not know every character of a story
     parser = make_parser()
     args = parser.parse_args(arguments)
-    for name in ("checkpoint", "text", "text_dir", "save_dir", "resume"):
+    for name in ("checkpoint", "text", "text_dir", "save_dir", "resume", "results"):
         if getattr(args, name, None) == "":  # an unset variable of a shell must not start another run than meant
             parser.error(f"--{name.replace('_', '-')} is empty: give a path")
-    run = {"train": run_train, "eval-bpc": run_eval_bpc, "generate": run_generate, "info": run_info}[args.command]
+    run = {"train": run_train, "race": run_race, "eval-bpc": run_eval_bpc, "generate": run_generate,
+           "info": run_info}[args.command]
     try:
         result = run(args)
         if args.json:

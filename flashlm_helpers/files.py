@@ -44,3 +44,21 @@ def write_json(path: Path, value) -> None:
     """Write `value` as indented UTF-8 JSON, atomically."""
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file, one a line; none if there is no file. Raises FlashLMError if it is no such file."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise FlashLMError(f"cannot read {path} as JSON lines: {one_line(error)}") from error
+
+
+def append_json_line(path: Path, value) -> None:
+    """Add `value` to a .jsonl file as its last line, atomically."""
+    path = Path(path)
+    before = path.read_bytes() if path.exists() else b""
+    with atomic_write(path) as file:
+        file.write(before + json.dumps(value, ensure_ascii=False).encode() + b"\n")

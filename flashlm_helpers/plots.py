@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette, black last.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+COLOURS, MARKS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, BLACK), "os^vDPX*"
 
 
 def plot_training(history: dict, figure: Figure | None = None) -> Figure:
@@ -59,6 +60,29 @@ class LiveLossCurve:
             self._display = display(self._figure, display_id=True)
         else:
             self._display.update(self._figure)
+
+
+def plot_race(records: list[dict]) -> Figure:
+    """Validation bits per byte against minutes, and against tokens seen; a line a run, a colour and a mark an entrant.
+
+    records: what race.race() returns. The axes start where the best run is within a factor of two of its end.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(record["entrant"] for record in records))
+    ends = [record["validation"][-1]["bpb"] for record in records]
+    for panel, key, unit, label in zip(panels, ("seconds", "tokens"), (60, 1e6), ("time (minutes)", "tokens seen (M)"),
+                                       strict=True):
+        for record in records:
+            number = names.index(record["entrant"])
+            panel.plot([row[key] / unit for row in record["validation"]], [row["bpb"] for row in record["validation"]],
+                       color=COLOURS[number % len(COLOURS)], marker=MARKS[number % len(MARKS)], markersize=4, alpha=0.8,
+                       label=record["entrant"] if record["seed"] == records[0]["seed"] else None)
+        panel.set_xlabel(label)
+        panel.set_ylim(min(ends) * 0.97, max(ends) * 1.5)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("validation bits per byte")
+    panels[1].legend(fontsize=8)
+    return figure
 
 
 def plot_bpc(reports: dict, compressors: dict, highlight: str) -> Figure:
