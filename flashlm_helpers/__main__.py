@@ -1,4 +1,4 @@
-"""The command line: train, race, eval-bpc, generate and info. Results on stdout, notices and progress on stderr."""
+"""The command line, from training to telling stories. Results on stdout, notices and progress on stderr."""
 
 import argparse
 import json
@@ -31,9 +31,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """All commands and flags; the published script's flags keep their names and meaning."""
-    parser = OneLineParser(prog="python -m flashlm_helpers", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m flashlm_helpers", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,race,eval-bpc,generate,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a model to a time limit")
     size = train.add_mutually_exclusive_group()
@@ -82,12 +82,18 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens up to p (default 0.95)")
     generate.add_argument("--seed", type=int, default=0)
 
+    export = commands.add_parser("export", help="write a model for use, small enough to hand around")
+    export.add_argument("--checkpoint", required=True, metavar="PATH", help="a .pt file or a run's folder")
+    export.add_argument("--format", choices=["compact"], default="compact",
+                        help="compact: a checkpoint with ternary weights at 1.6 bits and the embedding as float16")
+    export.add_argument("--out", required=True, metavar="PATH", help="the file to write")
+
     info = commands.add_parser("info", help="parameters, ternary share, receptive field and size on disk")
     which = info.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=PRESETS, help="default: the preset for this machine")
     which.add_argument("--checkpoint", metavar="PATH", help="a .pt file or a run's folder")
 
-    for command in (train, race, evaluate, generate, info):
+    for command in (train, race, evaluate, generate, export, info):
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -257,6 +263,19 @@ def run_generate(args) -> dict:
     return asdict(story)
 
 
+def run_export(args) -> dict:
+    """Write a model for use."""
+    from flashlm_helpers.checkpoint import load_checkpoint, save_compact
+
+    if Path(args.out).is_dir():
+        raise FlashLMError(f"{args.out} is a folder: give a file to write, such as {Path(args.out) / 'model.pt'}")
+    save_compact(args.out, load_checkpoint(args.checkpoint))
+    size = Path(args.out).stat().st_size
+    if not args.json:
+        print(f"{args.out}: {size / 1e6:.2f} MB")
+    return {"checkpoint": args.checkpoint, "out": args.out, "bytes": size}
+
+
 def run_info(args) -> dict:
     """Describe a preset or a checkpoint."""
     from flashlm_helpers.checkpoint import BEST, load_checkpoint
@@ -291,11 +310,11 @@ def main(arguments: list[str] | None = None) -> int:
         output.reconfigure(errors="backslashreplace")  # a terminal may not know every character of a story
     parser = make_parser()
     args = parser.parse_args(arguments)
-    for name in ("checkpoint", "text", "text_dir", "save_dir", "resume", "results"):
+    for name in ("checkpoint", "text", "text_dir", "save_dir", "resume", "results", "out"):
         if getattr(args, name, None) == "":  # an unset variable of a shell must not start another run than meant
             parser.error(f"--{name.replace('_', '-')} is empty: give a path")
     run = {"train": run_train, "race": run_race, "eval-bpc": run_eval_bpc, "generate": run_generate,
-           "info": run_info}[args.command]
+           "export": run_export, "info": run_info}[args.command]
     try:
         result = run(args)
         if args.json:

@@ -5,11 +5,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from torch import Tensor
 
 from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig
 from flashlm_helpers.files import atomic_write, one_line
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import Optimizers
+from flashlm_helpers.quantization import BitLinear, latent_weight, pack_ternary, ternarize, unpack_ternary
 from flashlm_helpers.vocab import Vocabulary
 
 _FORMAT, _EARLIER = "flashlm-checkpoint-2", ("flashlm-checkpoint-1",)
@@ -43,6 +45,39 @@ def save_checkpoint(path: str | Path, model: FlashLM, train_config: TrainConfig,
         torch.save(content, file)
 
 
+def save_compact(path: str | Path, content: dict) -> None:
+    """Write the model of a checkpoint for use, not for training on: small enough to hand around.
+
+    content: load_checkpoint()'s result. Ternary weights take 1.6 bits, the embedding float16, the rest float32. What
+    load_checkpoint() makes of the file computes the same up to the embedding's rounding. Raises FlashLMError if the
+    file cannot be written.
+    """
+    weights, model = {}, content["model"]
+    ternary = {f"{name}.weight" for name, layer in model.named_modules()
+               if isinstance(layer, BitLinear) and layer.ternary}
+    for name, weight in model.state_dict().items():
+        if name in ternary:
+            values, scale = ternarize(weight)
+            weights[name] = {"packed": pack_ternary(values), "scale": scale, "shape": list(weight.shape)}
+        else:
+            weights[name] = weight.half() if name == "embedding.weight" else weight
+    vocabulary = content["vocabulary"]
+    compact = content | {
+        "model_config": asdict(content["model_config"]), "train_config": asdict(content["train_config"]),
+        "vocabulary": {"hash": vocabulary.hash, "coverage": vocabulary.coverage,
+                       "kept": torch.tensor(vocabulary.kept, dtype=torch.int32)},
+        "progress": {}, "model": weights, "optimizer": None, "random_state": None}
+    with atomic_write(Path(path)) as file:
+        torch.save(compact, file)
+
+
+def _expand(weight: Tensor | dict) -> Tensor:
+    """A weight of a compact checkpoint as it is in a model."""
+    if isinstance(weight, dict):
+        return latent_weight(unpack_ternary(weight["packed"], tuple(weight["shape"])), weight["scale"])
+    return weight.float()
+
+
 def load_checkpoint(path: str | Path, prefer: str = BEST) -> dict:
     """Read a checkpoint without running any code from it; for a run's folder, its `prefer` file.
 
@@ -65,10 +100,10 @@ def load_checkpoint(path: str | Path, prefer: str = BEST) -> dict:
         # What was saved before there was a choice was trained by AdamW.
         content["train_config"] = TrainConfig(**{"optimizer": "adamw"} | content["train_config"])
         saved = content["vocabulary"]
-        content["vocabulary"] = Vocabulary(saved["kept"], saved["coverage"])
+        content["vocabulary"] = Vocabulary(torch.as_tensor(saved["kept"]).tolist(), saved["coverage"])
         content["vocabulary"].require(saved["hash"], str(path))
         weights, content["model"] = content["model"], FlashLM(content["model_config"])
-        content["model"].load_state_dict(weights)
+        content["model"].load_state_dict({name: _expand(weight) for name, weight in weights.items()})
     except _EarlierVersion:
         raise FlashLMError(f"{path} was saved by an earlier version, whose weights lie otherwise: train anew") from None
     except UnpicklingError as error:

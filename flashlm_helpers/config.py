@@ -42,7 +42,7 @@ class ModelConfig:
             if not isinstance(size, int) or size < 1:
                 raise FlashLMError(f"{field} must be a positive whole number, not {size!r}")
         if not isinstance(self.attention, tuple) or not set(self.attention) <= set(range(self.blocks)):
-            raise FlashLMError(f"attention is {self.attention}: it must list blocks, counted from 0 to {self.blocks - 1}")
+            raise FlashLMError(f"attention is {self.attention}: it must list blocks, from 0 to {self.blocks - 1}")
         if self.attention and self.width % self.heads:
             raise FlashLMError(f"a width of {self.width} cannot be shared by {self.heads} heads: choose a divisor")
 

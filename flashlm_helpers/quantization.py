@@ -1,6 +1,7 @@
 """Ternary weights: absmean rounding, the straight-through estimator, and the linear layer built on them."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,36 @@ class BitLinear(nn.Linear):
     def effective_weight(self) -> Tensor:
         """The weight (D_out, D_in) that the layer computes with."""
         return quantize_straight_through(self.weight) if self.ternary else self.weight
+
+
+_PLACES = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)  # of the five digits in a byte, base 3
+
+
+def pack_ternary(ternary: Tensor) -> Tensor:
+    """Five ternary weights to a byte, as digits of base 3: 1.6 bits each, where 1.58 would be the least.
+
+    ternary: {-1, 0, +1} of any shape. Returns uint8, (ceil(n / 5),); unused places of the last byte hold 0.
+    """
+    digits = F.pad((ternary.flatten() + 1).to(torch.uint8), (0, -ternary.numel() % 5), value=1)
+    return (digits.view(-1, 5) * _PLACES).sum(1, dtype=torch.uint8)
+
+
+def unpack_ternary(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What pack_ternary() packed: int8 of `shape`. Raises ValueError if `packed` (uint8) is of another length."""
+    count = math.prod(shape)
+    if len(packed) != -(-count // 5):
+        raise ValueError(f"{len(packed)} bytes are not {count} ternary weights")
+    digits = packed[:, None] // _PLACES % 3
+    return (digits.flatten()[:count].to(torch.int8) - 1).view(shape)
+
+
+def latent_weight(ternary: Tensor, scale: Tensor) -> Tensor:
+    """A latent weight that ternarize() takes back to just this.
+
+    ternary: {-1, 0, +1}, (D_out, D_in). scale: a scalar. Returns float32: dividing by the share of weights that are not
+    0 makes the mean magnitude `scale` again.
+    """
+    return ternary * (scale / ternary.abs().float().mean().clamp(min=1e-8))
 
 
 def freeze_ternary(model: nn.Module) -> nn.Module:

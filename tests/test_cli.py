@@ -93,6 +93,23 @@ def test_generate_is_reproducible_and_survives_unknown_characters(run, capsys):
     assert json.loads(capsys.readouterr().out)["prompt"] == "Once upon a time"
 
 
+def test_a_compact_model_is_small_and_scores_and_tells_as_the_whole_one(run, text_dir, tmp_path, capsys):
+    folder = run[0]
+    out = tmp_path / "sub" / "compact.pt"
+    assert main(["export", "--checkpoint", str(folder), "--format", "compact", "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == out.stat().st_size < (folder / "best.pt").stat().st_size / 3
+    scores, stories = [], []
+    for checkpoint in (folder, out):
+        assert main(["eval-bpc", "--checkpoint", str(checkpoint), "--text", str(text_dir / "valid.txt"), "--json",
+                     "--no-baselines"]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["bpb"])
+        assert main(["generate", "--checkpoint", str(checkpoint), "--temperature", "0", "--tokens", "20"]) == 0
+        stories.append(capsys.readouterr().out)
+    assert scores[0] == pytest.approx(scores[1], abs=2e-3) and stories[0] == stories[1]
+    assert "no optimizer state" in refused(capsys, "train", "--resume", out, "--hours", "1")
+    assert "is a folder" in refused(capsys, "export", "--checkpoint", folder, "--out", tmp_path)
+
+
 def test_info_counts(run, capsys):
     assert main(["info", "--preset", "v4-small", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)

@@ -3,7 +3,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_helpers.quantization import BitLinear, freeze_ternary, quantize_straight_through, ternarize
+from flashlm_helpers.quantization import (
+    BitLinear,
+    freeze_ternary,
+    latent_weight,
+    pack_ternary,
+    quantize_straight_through,
+    ternarize,
+    unpack_ternary,
+)
 
 
 @given(st.integers(0, 10_000), st.floats(1e-6, 1e6))
@@ -71,3 +79,22 @@ def test_frozen_copies_compute_the_same_bits_and_leave_the_original_alone():
     assert not torch.equal(frozen(x), model(x))
     with pytest.raises(RuntimeError):
         frozen(x).sum().backward()
+
+
+@given(st.lists(st.sampled_from([-1, 0, 1]), max_size=60), st.integers(1, 4))
+def test_packing_keeps_every_weight_at_five_to_a_byte(values, rows):
+    ternary = torch.tensor(values * rows, dtype=torch.int8).view(rows, -1)
+    packed = pack_ternary(ternary)
+    assert packed.dtype == torch.uint8 and len(packed) == -(-ternary.numel() // 5)
+    assert torch.equal(unpack_ternary(packed, tuple(ternary.shape)), ternary)
+    with pytest.raises(ValueError, match="bytes are not"):
+        unpack_ternary(packed, (rows, len(values) + 5))
+
+
+@given(st.integers(0, 10_000), st.floats(1e-4, 10))
+def test_a_latent_weight_is_ternarized_back(seed, size):
+    weight = size * torch.randn(13, 17, generator=torch.Generator().manual_seed(seed))
+    ternary, scale = ternarize(weight)
+    again, same = ternarize(latent_weight(ternary, scale))
+    assert torch.equal(again, ternary)
+    torch.testing.assert_close(same, scale, rtol=1e-6, atol=0)
