@@ -4,15 +4,16 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from flashlm_helpers import __version__
-from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig, project_dir
+from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig, find_preset, project_dir
 from flashlm_helpers.corpus import HUB, open_corpus, read_stories
-from flashlm_helpers.files import atomic_write, one_line
+from flashlm_helpers.files import atomic_write, one_line, require_writable
 from flashlm_helpers.hardware import choose_preset, has_bfloat16, usable_cores
 
 DEFAULT_HOURS = 2.0
@@ -51,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help=f"of weights and batch order (default {TrainConfig.seed})")
     train.add_argument("--patience", type=int, help="validations without a better loss before stopping "
                                                     f"(default {TrainConfig.patience})")
-    train.add_argument("--vocab-size", type=int, help="ids in the vocabulary (default: up to 10,000)")
+    train.add_argument("--vocab-size", type=int, help="ids in the vocabulary (default: as many as the preset has)")
     train.add_argument("--save-dir", metavar="PATH", help="where the run goes (default: a new folder in checkpoints/)")
     train.add_argument("--resume", metavar="PATH", help="a run's folder or its last.pt: go on exactly where it stopped")
 
@@ -135,6 +136,8 @@ def run_train(args) -> dict:
         if preset and preset != model_config.name:
             raise FlashLMError(f"{args.resume} holds a {model_config.name}: leave out the preset to resume")
         source = resume["source"]
+        if not source.keys() >= {"dataset", "text_dir", "limit", "vocabulary_size"}:
+            raise FlashLMError(f"{args.resume} does not say which text it was trained on: resume it in Python")
     else:
         if not given.keys() & {"hours", "epochs"}:
             given["hours"] = DEFAULT_HOURS
@@ -152,8 +155,8 @@ def run_train(args) -> dict:
     if source["text_dir"] is None:
         source["dataset"] = corpus.name  # "auto" has become what was found
     wanted = source["vocabulary_size"]
-    vocabulary, train_tokens, valid_tokens = prepare(corpus, wanted or PRESETS[model_config.name].vocabulary_size)
-    if wanted and len(vocabulary) < wanted:
+    vocabulary, train_tokens, valid_tokens = prepare(corpus, wanted or find_preset(model_config.name).vocabulary_size)
+    if args.vocab_size and len(vocabulary) < wanted:
         raise FlashLMError(f"the text supports a vocabulary of {len(vocabulary):,} ids, not {wanted:,}: "
                            f"give --vocab-size {len(vocabulary)} or less, or more text")
     notice(f"{corpus.name}: {train_tokens.n_stories:,} stories, {train_tokens.n_tokens / 1e6:.1f} M tokens; vocabulary "
@@ -180,8 +183,12 @@ def run_race(args) -> dict:
     except ValueError:
         raise FlashLMError(f"--seeds must be whole numbers with commas between them, not {args.seeds!r}") from None
     entrants = [Entrant.parse(text) for text in re.split(r",(?![^\[]*\])", args.presets)]  # not the commas of lists
-    source = {"dataset": args.dataset, "limit": None if args.text_dir else stories_for(args.minutes / 60),
-              "text_dir": str(Path(args.text_dir).resolve()) if args.text_dir else None}
+    source = {"dataset": args.dataset or "auto", "text_dir": None, "limit": None}
+    if args.text_dir:
+        source["text_dir"] = str(Path(args.text_dir).resolve())
+    elif 0 < args.minutes < 1e6:
+        source["limit"] = stories_for(args.minutes / 60)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run that is under way must not outlive the race
     results = Path(args.results) if args.results else project_dir() / "benchmarks" / "results" / "race.jsonl"
     records = race(entrants, seeds, args.minutes, source, results, project_dir() / "checkpoints" / "race")
     figure = results.with_suffix(".png")
@@ -204,9 +211,7 @@ def _save_dir(args, preset: str) -> Path:
         return folder
     if (folder / "last.pt").exists():
         raise FlashLMError(f"{folder} holds a run already: go on with --resume {folder}, or choose another --save-dir")
-    with atomic_write(folder / ".writable"):  # a folder that cannot be written is noticed before anything slow
-        pass
-    (folder / ".writable").unlink()
+    require_writable(folder)
     if resumed and (resumed / "best.pt").is_file():
         with atomic_write(folder / "best.pt") as file:
             file.write((resumed / "best.pt").read_bytes())
@@ -238,7 +243,9 @@ def run_eval_bpc(args) -> dict:
     try:
         corpus = open_corpus(source["dataset"], source["text_dir"], source["limit"])
         training_ids = tokenize(corpus, "train", vocabulary).ids
-    except (KeyError, FlashLMError) as error:
+    except KeyError:
+        notice("the checkpoint does not say which text it was trained on, so no unigram and trigram")
+    except FlashLMError as error:
         notice(f"the training text is not at hand, so no unigram and trigram: {error}")
     counted = counting_baselines(vocabulary, training_ids, stories)
     packed = compressor_baselines(stories)
@@ -267,8 +274,8 @@ def run_export(args) -> dict:
     """Write a model for use."""
     from flashlm_helpers.checkpoint import load_checkpoint, save_compact
 
-    if Path(args.out).is_dir():
-        raise FlashLMError(f"{args.out} is a folder: give a file to write, such as {Path(args.out) / 'model.pt'}")
+    if Path(args.out).exists():
+        raise FlashLMError(f"{args.out} is there already: give the name of a new file, such as model.pt")
     save_compact(args.out, load_checkpoint(args.checkpoint))
     size = Path(args.out).stat().st_size
     if not args.json:
@@ -288,7 +295,8 @@ def run_info(args) -> dict:
     else:
         config, size = PRESETS[args.preset or choose_preset()], None
     counts = count_parameters(config)
-    ternary, other = counts["ternary"], counts["total"] - counts["ternary"]
+    ternary = counts["ternary"] if config.ternary else 0
+    other = counts["total"] - ternary
     result = {
         "name": config.name, "config": asdict(config), "parameters": counts,
         "ternary_share": ternary / counts["total"], "receptive_field": config.receptive_field,

@@ -49,8 +49,8 @@ def save_compact(path: str | Path, content: dict) -> None:
     """Write the model of a checkpoint for use, not for training on: small enough to hand around.
 
     content: load_checkpoint()'s result. Ternary weights take 1.6 bits, the embedding float16, the rest float32. What
-    load_checkpoint() makes of the file computes the same up to the embedding's rounding. Raises FlashLMError if the
-    file cannot be written.
+    load_checkpoint() makes of the file computes the same up to the embedding's rounding and the last bit of scales. It
+    does not say where the text was. Raises FlashLMError if the file cannot be written.
     """
     weights, model = {}, content["model"]
     ternary = {f"{name}.weight" for name, layer in model.named_modules()
@@ -66,15 +66,17 @@ def save_compact(path: str | Path, content: dict) -> None:
         "model_config": asdict(content["model_config"]), "train_config": asdict(content["train_config"]),
         "vocabulary": {"hash": vocabulary.hash, "coverage": vocabulary.coverage,
                        "kept": torch.tensor(vocabulary.kept, dtype=torch.int32)},
-        "progress": {}, "model": weights, "optimizer": None, "random_state": None}
+        "source": {}, "progress": {}, "model": weights, "optimizer": None, "random_state": None}
     with atomic_write(Path(path)) as file:
         torch.save(compact, file)
 
 
 def _expand(weight: Tensor | dict) -> Tensor:
-    """A weight of a compact checkpoint as it is in a model."""
+    """A weight of a compact checkpoint as it is in a model; raises ValueError if it is not finite."""
     if isinstance(weight, dict):
-        return latent_weight(unpack_ternary(weight["packed"], tuple(weight["shape"])), weight["scale"])
+        weight = latent_weight(unpack_ternary(weight["packed"], tuple(weight["shape"])), weight["scale"].view(()))
+    if not weight.isfinite().all():
+        raise ValueError("it holds weights that are not finite")
     return weight.float()
 
 

@@ -1,8 +1,10 @@
 """What a model and a run consist of, the presets, the speed profiles, and the error a person can cause."""
 
+import dataclasses
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 
 class FlashLMError(ValueError):
@@ -39,10 +41,15 @@ class ModelConfig:
         for field in ("width", "blocks", "hidden", "sequence_length", "kernel_size", "vocabulary_size", "heads",
                       "window"):
             size = getattr(self, field)
-            if not isinstance(size, int) or size < 1:
+            if type(size) is not int or size < 1:
                 raise FlashLMError(f"{field} must be a positive whole number, not {size!r}")
-        if not isinstance(self.attention, tuple) or not set(self.attention) <= set(range(self.blocks)):
-            raise FlashLMError(f"attention is {self.attention}: it must list blocks, from 0 to {self.blocks - 1}")
+        for field in ("layer_scale", "ternary"):
+            if type(getattr(self, field)) is not bool:
+                raise FlashLMError(f"{field} must be true or false, not {getattr(self, field)!r}")
+        blocks = self.attention if type(self.attention) is tuple else (None,)
+        if not all(block in range(self.blocks) for block in blocks) or len(set(blocks)) != len(blocks):
+            raise FlashLMError(f"attention cannot be {self.attention}: it must list blocks, each once and "
+                               f"from 0 to {self.blocks - 1}")
         if self.attention and self.width % self.heads:
             raise FlashLMError(f"a width of {self.width} cannot be shared by {self.heads} heads: choose a divisor")
 
@@ -117,6 +124,11 @@ class TrainConfig:
     compile: bool | None = None
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            kinds, value = get_args(field.type) or (field.type,), getattr(self, field.name)
+            if type(value) not in kinds and not (float in kinds and type(value) is int):
+                raise FlashLMError(f"{field.name} cannot be {value!r}: it must be "
+                                   f"{' or '.join(kind.__name__ for kind in kinds)}")
         if self.hours is None and self.epochs is None:
             raise FlashLMError("a run needs a budget: give --hours or --epochs")
         for field in ("hours", "epochs", "lr", "clip"):
@@ -134,6 +146,8 @@ class TrainConfig:
             raise FlashLMError(f"optimizer must be muon or adamw, not {self.optimizer!r}")
         if not 0 <= self.dropout < 1:
             raise FlashLMError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if not (0 <= self.weight_decay <= 1e6 and 0 <= self.floor <= 1):
+            raise FlashLMError("weight_decay must be at least 0, and floor a share of lr, from 0 to 1")
         if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
             raise FlashLMError("warmup and decay are shares of the budget: each at least 0, together at most 1")
 

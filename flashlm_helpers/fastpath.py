@@ -103,8 +103,14 @@ def decide(model: FlashLM, config: TrainConfig, tokens: TokenFile, seconds: floa
     """Fill in what `config` leaves open, compile the model if that pays, and say so in one line on stderr.
 
     seconds: the expected length of the run. A batch is measured only for a budget in hours alone: with one in epochs
-    the same seed must give the same steps on every machine. Returns the config with nothing left open.
+    the same seed must give the same steps on every machine. Returns the config with nothing left open, and leaves the
+    random numbers of the run alone.
     """
+    with torch.random.fork_rng(devices=[]):
+        return _decide(model, config, tokens, seconds)
+
+
+def _decide(model: FlashLM, config: TrainConfig, tokens: TokenFile, seconds: float) -> TrainConfig:
     long, reason, speeds = seconds >= COMPILE_SECONDS, None, {}
     config = replace(config, bfloat16=has_bfloat16() if config.bfloat16 is None else config.bfloat16)
     if config.compile or (config.compile is None and long):

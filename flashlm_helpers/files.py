@@ -46,19 +46,28 @@ def write_json(path: Path, value) -> None:
         file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
 
 
+def require_writable(folder: Path) -> None:
+    """Raise FlashLMError if no file can be written into the folder, which is made: noticed before anything slow."""
+    with atomic_write(folder / ".writable"):
+        pass
+    (folder / ".writable").unlink()
+
+
 def read_json_lines(path: Path) -> list[dict]:
     """The objects of a .jsonl file, one a line; none if there is no file. Raises FlashLMError if it is no such file."""
     try:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        objects = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         raise FlashLMError(f"cannot read {path} as JSON lines: {one_line(error)}") from error
+    if not all(isinstance(value, dict) for value in objects):
+        raise FlashLMError(f"{path} holds something else than one object a line")
+    return objects
 
 
-def append_json_line(path: Path, value) -> None:
+def append_json_line(path: Path, value: dict) -> None:
     """Add `value` to a .jsonl file as its last line, atomically."""
-    path = Path(path)
-    before = path.read_bytes() if path.exists() else b""
+    lines = [json.dumps(value) for value in (*read_json_lines(path), value)]
     with atomic_write(path) as file:
-        file.write(before + json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        file.write("".join(f"{line}\n" for line in lines).encode())

@@ -67,7 +67,7 @@ def stream(model: FlashLM, vocabulary: Vocabulary, prompts: Sequence[str], token
            temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95, seed: int = 0) -> Iterator[list[Story]]:
     """Yield the stories after each step, until all have ended or have `tokens` generated ids.
 
-    Each convolution's last K-1 inputs are carried along, so a token costs the same at any position. Story i
+    The state of each block is carried along and has a fixed size, so a token costs the same at any position. Story i
     draws from its own generator seeded with seed + i, so it does not depend on the others in the batch.
     The same list of Story objects is yielded again and again, grown by one id each; `text` is set at the end.
     Raises FlashLMError for an empty prompt or a setting out of range.

@@ -65,7 +65,7 @@ class LiveLossCurve:
 def plot_race(records: list[dict]) -> Figure:
     """Validation bits per byte against minutes, and against tokens seen; a line a run, a colour and a mark an entrant.
 
-    records: what race.race() returns. The axes start where the best run is within a factor of two of its end.
+    records: what race.race() returns. Values more than half above the worst end are cut off.
     """
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
     names = list(dict.fromkeys(record["entrant"] for record in records))

@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -15,9 +18,10 @@ from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig, find_
 from flashlm_helpers.corpus import open_corpus
 from flashlm_helpers.evaluation import evaluate
 from flashlm_helpers.fastpath import COMPILE_SECONDS, compile_model, keep_programs
-from flashlm_helpers.files import append_json_line, one_line, read_json_lines, write_json
+from flashlm_helpers.files import append_json_line, read_json_lines, require_writable
 from flashlm_helpers.hardware import has_bfloat16
 from flashlm_helpers.model import FlashLM, count_parameters, packed_bytes
+from flashlm_helpers.optimization import microbatch
 from flashlm_helpers.tokens import prepare
 from flashlm_helpers.training import train
 
@@ -59,10 +63,7 @@ class Entrant:
                 recipe[field] = value
             else:
                 model = replace(model, **{field: tuple(value) if isinstance(value, list) else value})
-        try:
-            TrainConfig(hours=1, **recipe)
-        except TypeError as error:
-            raise FlashLMError(f"{text!r} has a value of the wrong kind: {one_line(error)}") from error
+        TrainConfig(hours=1, **recipe)  # refuses what cannot be
         return cls(text, model, recipe)
 
 
@@ -72,24 +73,38 @@ def race(entrants: list[Entrant], seeds: list[int], minutes: float, source: dict
 
     source: what open_corpus is asked for, {"dataset", "text_dir", "limit"}. results: a .jsonl file; each run appends a
     line to it when it is scored, and what stands there already is not run again, so a race may be stopped and gone on
-    with. runs: where the runs' folders go. Returns the records of this race, in the order of running.
-    Raises FlashLMError if a run fails, KeyboardInterrupt if one is interrupted.
+    with. A run that was stopped starts anew: half a run that is resumed has prepared twice, and less time to train.
+    runs: where the runs' folders go. Returns the records of this race, in the order of running.
+    Raises FlashLMError if anything of it cannot run, before the first run where that can be known, and
+    KeyboardInterrupt if a run is interrupted.
     """
+    if not 0 < minutes <= 1e6:
+        raise FlashLMError(f"minutes must be greater than 0 and at most a million, not {minutes}: try --minutes 6")
+    if results.suffix != ".jsonl":
+        raise FlashLMError(f"results are JSON lines, so their file must end in .jsonl, and not be {results.name!r}")
     corpus = open_corpus(source["dataset"], source["text_dir"], source["limit"])
-    source = source | {"dataset": source["dataset"] and corpus.name}
-    records = []
-    for turn, (seed, entrant) in enumerate((seed, entrant) for seed in seeds for entrant in entrants):
+    if source["text_dir"] is None:
+        source = source | {"dataset": corpus.name}  # "auto" has become what was found
+    planned = {}
+    for seed, entrant in itertools.product(seeds, entrants):
+        microbatch(entrant.model)
         config = TrainConfig(hours=minutes / 60, seed=seed, **entrant.recipe)
         asked = {"model": asdict(entrant.model), "training": asdict(config), "corpus": corpus.key}
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-        done = [record for record in read_json_lines(results) if record["key"] == key]
-        if not done:
-            print(f"run {turn + 1} of {len(seeds) * len(entrants)}: {entrant.name}, seed {seed}", file=sys.stderr)
-            record = {"key": key, "entrant": entrant.name, "seed": seed, "minutes": minutes, "corpus": corpus.name}
-            append_json_line(results, record | _run_apart(entrant.model, config, source, runs / key))
-            done = [record for record in read_json_lines(results) if record["key"] == key]
-        records += done[:1]
-    return records
+        if key in planned:
+            raise FlashLMError(f"{entrant.name} with seed {seed} would run twice: name every entrant and seed once")
+        planned[key] = entrant, config
+    require_writable(results.parent)
+    done = {record.get("key"): record for record in read_json_lines(results)}
+    for turn, (key, (entrant, config)) in enumerate(planned.items(), 1):
+        if key not in done:
+            print(f"run {turn} of {len(planned)}: {entrant.name}, seed {config.seed}", file=sys.stderr)
+            record = {"key": key, "entrant": entrant.name, "seed": config.seed, "minutes": minutes,
+                      "corpus": corpus.name} | _run_apart(entrant.model, config, source, runs / key)
+            append_json_line(results, record)
+            done[key] = record
+    # The same run may have been named in another way before.
+    return [done[key] | {"entrant": entrant.name} for key, (entrant, _) in planned.items()]
 
 
 def race_table(records: list[dict]) -> str:
@@ -114,57 +129,55 @@ def race_table(records: list[dict]) -> str:
 
 def _run_apart(model: ModelConfig, config: TrainConfig, source: dict, folder: Path) -> dict:
     """One run in a fresh process: nothing compiled, cached or freed by another run is at hand."""
-    process = multiprocessing.get_context("spawn").Process(target=_run, args=(model, config, source, folder))
-    process.start()
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(sender, model, config, source, folder))
     try:
+        process.start()
+        sender.close()
+        result = receiver.recv()
+    except EOFError:
         process.join()
-    except KeyboardInterrupt:  # the run has received it as well: let it save
-        process.join()
-        raise
-    try:
-        result = json.loads((folder / "race.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FlashLMError(f"the run in {folder} left no result (exit status {process.exitcode})") from error
+        raise FlashLMError(f"the run in {folder} left no result (exit status {process.exitcode})") from None
+    finally:
+        if process.pid:
+            process.terminate()
+            process.join()
     if "error" in result:
-        (folder / "race.json").unlink()
         raise FlashLMError(result["error"])
     if result["stopped_by"] == "interrupt":
-        (folder / "race.json").unlink()
         raise KeyboardInterrupt
     return result
 
 
-def _run(model: ModelConfig, config: TrainConfig, source: dict, folder: Path) -> None:
-    """Train, or go on training, score the best weights on the validation split, and leave race.json."""
+def _run(sender: Connection, model: ModelConfig, config: TrainConfig, source: dict, folder: Path) -> None:
+    """Train, score the best weights on the validation split, and send the record, or why there is none."""
     try:
-        result = _train_and_score(model, config, source, folder)
+        sender.send(_train_and_score(model, config, source, folder))
     except FlashLMError as error:
-        result = {"error": str(error)}
-    write_json(folder / "race.json", result)
+        sender.send({"error": str(error)})
+    except KeyboardInterrupt:
+        sender.send({"stopped_by": "interrupt"})
 
 
 def _train_and_score(model: ModelConfig, config: TrainConfig, source: dict, folder: Path) -> dict:
+    shutil.rmtree(folder, ignore_errors=True)
     corpus = open_corpus(source["dataset"], source["text_dir"], source["limit"])
     vocabulary, train_tokens, valid_tokens = prepare(corpus, model.vocabulary_size)
+    source = source | {"vocabulary_size": model.vocabulary_size}
     model = replace(model, vocabulary_size=len(vocabulary))
-    if not (folder / "report.json").exists():
-        keep_programs()
-        if config.compile or (config.compile is None and config.hours * 3600 >= COMPILE_SECONDS):
-            warm = FlashLM(model)  # builds the programs before the clock starts, as an earlier run would have
-            warm.dropout = config.dropout
-            compile_model(warm, has_bfloat16())
-        resume = load_checkpoint(folder / LAST) if (folder / LAST).exists() else None
-        train(model, config, vocabulary, train_tokens, valid_tokens, folder, source, resume)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    keep_programs()
+    if config.compile or (config.compile is None and config.hours * 3600 >= COMPILE_SECONDS):
+        compile_model(FlashLM(model), has_bfloat16())  # before the clock starts, as an earlier run would have
+    report = train(model, config, vocabulary, train_tokens, valid_tokens, folder, source).report
     if report["stopped_by"] == "interrupt":
-        (folder / "report.json").unlink()
         return {"stopped_by": "interrupt"}
     stories = [vocabulary.decode(ids) for ids in valid_tokens.sample_stories(SCORED_STORIES)]
     score = evaluate(load_checkpoint(folder / BEST)["model"], vocabulary, stories)
+    (folder / LAST).unlink()  # the largest file, and nothing goes on from it
     kept = ("stopped_by", "steps", "tokens_seen", "tokens_per_second", "epochs", "seconds", "seconds_by_activity",
-            "train_nats_per_token", "peak_memory_bytes", "hardware")
-    (folder / LAST).unlink(missing_ok=True)
-    return ({name: report[name] for name in kept} | {
-        "config": report["config"], "parameters": count_parameters(model), "packed_bytes": packed_bytes(model),
+            "train_nats_per_token", "peak_memory_bytes", "hardware", "config")
+    return {name: report[name] for name in kept} | {
+        "parameters": count_parameters(model), "packed_bytes": packed_bytes(model),
         "validation": report["history"]["valid"], "score": score.as_dict(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}

@@ -114,7 +114,7 @@ class Trainer:
         self.vocabulary.require(content["vocabulary"].hash, "the checkpoint")
         if content["model_config"] != self.model.config:
             raise FlashLMError(f"the checkpoint holds a {content['model_config'].name} and this run is to train a "
-                               f"{self.model.config.name} of another shape: leave out --small and --large")
+                               f"{self.model.config.name} of another shape: leave out the preset")
         if content["optimizer"] is None:
             raise FlashLMError(f"this checkpoint holds no optimizer state: resume from {LAST} of the same run")
         before = content["train_config"]
@@ -149,7 +149,7 @@ class Trainer:
             self._lap("prepare")
             while not stopped_by:
                 self._step()
-                stopped_by = "interrupt" if requests else "budget" if p.fraction >= 1 else None
+                stopped_by = "budget" if p.fraction >= 1 else "interrupt" if requests else None
                 if due := stopped_by == "budget" or p.fraction >= p.next_validation:
                     self._validate()
                     if p.validations_since_best >= self.config.patience:
@@ -161,7 +161,7 @@ class Trainer:
                     self._lap("display")
             if not p.best:  # after last.pt is written: a resumed run must not see this extra validation
                 self._validate()
-        return self._finish(stopped_by)
+            return self._finish(stopped_by)
 
     def _fraction(self, step: int, elapsed: float) -> float:
         """Share of the budget spent after `step` steps and `elapsed` seconds; what preparing took is taken off both."""

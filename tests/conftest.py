@@ -33,6 +33,7 @@ def assert_same_run(one, other):
     for name, tensor in one["model"].state_dict().items():
         assert torch.equal(tensor, other["model"].state_dict()[name]), name
     for part, same in zip(one["optimizer"], other["optimizer"], strict=True):
+        assert part["param_groups"] == same["param_groups"] and part["state"].keys() == same["state"].keys()
         for key, state in part["state"].items():
             assert all(torch.equal(state[name], same["state"][key][name]) for name in state)
     assert torch.equal(one["random_state"], other["random_state"])

@@ -271,8 +271,10 @@ def test_programs_are_kept_elsewhere_where_they_cannot_be_in_data(tmp_path, monk
 
 
 @needs_compiler
-def test_a_compiled_run_records_its_way_and_resumes_bit_for_bit(prepared, model_config, tmp_path):
-    config = TrainConfig(epochs=0.11, validation_stories=5, compile=True)
+@pytest.mark.parametrize("architecture, dropout", [("model_config", 0.0), ("hybrid_config", 0.1)])
+def test_a_compiled_run_records_its_way_and_resumes_bit_for_bit(prepared, architecture, dropout, tmp_path, request):
+    model_config = request.getfixturevalue(architecture)
+    config = TrainConfig(epochs=0.11, validation_stories=5, compile=True, dropout=dropout)
     whole = train(model_config, config, *prepared, tmp_path / "whole", on_step=quiet)
     recorded = whole.report["config"]["training"]
     assert recorded["compile"] is True and recorded["batch"] == 8 and recorded["bfloat16"] in (True, False)

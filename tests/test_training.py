@@ -20,6 +20,7 @@ from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig
 from flashlm_helpers.evaluation import evaluate
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import make_optimizer
+from flashlm_helpers.quantization import BitLinear
 from flashlm_helpers.schedule import learning_rate
 from flashlm_helpers.training import NON_FINITE_STEPS, Trainer, train
 from flashlm_helpers.vocab import Vocabulary
@@ -89,6 +90,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     result = train(half["model_config"], half["train_config"], *prepared, tmp_path / "half", resume=half, on_step=quiet)
     assert result.stopped_by == "budget"
     assert_same_run(whole_run, load_checkpoint(tmp_path / "half", LAST))
+
+
+def test_a_run_saved_before_there_was_muon_goes_on_with_adamw(prepared, model_config, train_config, tmp_path):
+    config = replace(train_config, optimizer="adamw")
+    train(model_config, config, *prepared, tmp_path / "whole", on_step=quiet)
+    train(model_config, config, *prepared, tmp_path / "half", on_step=interrupt_at(4))
+    path = tmp_path / "half" / LAST
+    saved = torch.load(path, weights_only=True)
+    del saved["train_config"]["optimizer"], saved["train_config"]["dropout"]
+    saved["optimizer"] = saved["optimizer"][0]
+    torch.save(saved, path)
+    half = load_checkpoint(path)
+    train(half["model_config"], half["train_config"], *prepared, tmp_path / "half", resume=half, on_step=quiet)
+    assert_same_run(load_checkpoint(tmp_path / "whole", LAST), load_checkpoint(path))
+
+
+def test_muon_moves_the_ternary_weights_and_adamw_the_rest(model_config):
+    model = FlashLM(model_config)
+    muon, adamw = make_optimizer(model, TrainConfig(epochs=1, weight_decay=0.3)).parts
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moved = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert moved == {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, BitLinear)}
+    assert moved.isdisjoint(names[p] for group in adamw.param_groups for p in group["params"])
+    assert len(names) == sum(len(g["params"]) for o in (muon, adamw) for g in o.param_groups)
+    assert [g["weight_decay"] for o in (muon, adamw) for g in o.param_groups] == [0.3, 0.0]
 
 
 def test_a_run_resumed_to_a_larger_budget_validates_saves_and_records_on_its_way(
