@@ -137,7 +137,8 @@ def run_train(args) -> dict:
             raise FlashLMError(f"{args.resume} holds a {model_config.name}: leave out the preset to resume")
         source = resume["source"]
         if not source.keys() >= {"dataset", "text_dir", "limit", "vocabulary_size"}:
-            raise FlashLMError(f"{args.resume} does not say which text it was trained on: resume it in Python")
+            raise FlashLMError(f"{args.resume} does not say which text it was trained on: resume from the {LAST} "
+                               "of a run that was started here")
     else:
         if not given.keys() & {"hours", "epochs"}:
             given["hours"] = DEFAULT_HOURS

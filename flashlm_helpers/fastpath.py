@@ -27,7 +27,7 @@ from flashlm_helpers.tokens import TokenFile
 DEFAULT_BATCH = 8  # sequences a step where nothing is measured
 MEASURED_TOKENS = (2048, 4096, 8192)  # tokens a step of the batches that are measured
 MEASURING_SHARE = 0.05  # of the run's time, at most
-FAST_ENOUGH = 0.85  # of the best speed: the smallest such batch is taken, small batches learn more from a token
+FAST_ENOUGH = 0.7  # of the best speed: the smallest such batch is taken, as more steps are worth more than some speed
 COMPILE_SECONDS = 120.0  # expected length of a run from which compiling repays: it takes half a minute the first time
 COMPILERS = ("g++", "clang++", "c++", "cl")
 

@@ -135,7 +135,7 @@ def _run_apart(model: ModelConfig, config: TrainConfig, source: dict, folder: Pa
     try:
         process.start()
         sender.close()
-        result = receiver.recv()
+        result = json.loads(receiver.recv())  # JSON, so that a record is the same now and when it is read again
     except EOFError:
         process.join()
         raise FlashLMError(f"the run in {folder} left no result (exit status {process.exitcode})") from None
@@ -153,11 +153,12 @@ def _run_apart(model: ModelConfig, config: TrainConfig, source: dict, folder: Pa
 def _run(sender: Connection, model: ModelConfig, config: TrainConfig, source: dict, folder: Path) -> None:
     """Train, score the best weights on the validation split, and send the record, or why there is none."""
     try:
-        sender.send(_train_and_score(model, config, source, folder))
+        result = _train_and_score(model, config, source, folder)
     except FlashLMError as error:
-        sender.send({"error": str(error)})
+        result = {"error": str(error)}
     except KeyboardInterrupt:
-        sender.send({"stopped_by": "interrupt"})
+        result = {"stopped_by": "interrupt"}
+    sender.send(json.dumps(result))
 
 
 def _train_and_score(model: ModelConfig, config: TrainConfig, source: dict, folder: Path) -> dict:

@@ -106,7 +106,7 @@ def test_a_compact_model_is_small_and_scores_and_tells_as_the_whole_one(run, tex
         assert main(["generate", "--checkpoint", str(checkpoint), "--temperature", "0", "--tokens", "20"]) == 0
         stories.append(capsys.readouterr().out)
     assert scores[0] == pytest.approx(scores[1], abs=2e-3) and stories[0] == stories[1]
-    assert "no optimizer state" in refused(capsys, "train", "--resume", out, "--hours", "1")
+    assert "does not say which text" in refused(capsys, "train", "--resume", out, "--hours", "1")
     for taken in (folder / "last.pt", tmp_path):
         assert "is there already" in refused(capsys, "export", "--checkpoint", folder, "--out", taken)
     assert str(text_dir).encode() not in out.read_bytes()  # what is handed around does not tell about folders
