@@ -3,7 +3,7 @@ PYTHON ?= python3
 HOURS ?= 0.05
 BIN = .venv/bin
 
-.PHONY: train test bench lab
+.PHONY: train test story bench lab
 
 train: .venv/installed
 	$(BIN)/python -m flashlm_helpers train --hours $(HOURS) $(ARGS)
@@ -13,6 +13,9 @@ test: .venv/installed
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/pytest
 	FLASHLM_PROFILE=smoke $(BIN)/pytest --nbmake --nbmake-timeout=300 --durations=0 notebooks
+
+story: .venv/installed
+	$(BIN)/python -m flashlm_helpers generate --checkpoint checkpoints/hybrid-large.pt $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/training.py --preset v4-small $(ARGS)
