@@ -139,10 +139,12 @@ def _run_apart(model: ModelConfig, config: TrainConfig, source: dict, folder: Pa
     except EOFError:
         process.join()
         raise FlashLMError(f"the run in {folder} left no result (exit status {process.exitcode})") from None
-    finally:
+    except KeyboardInterrupt:
         if process.pid:
             process.terminate()
             process.join()
+        raise
+    process.join()
     if "error" in result:
         raise FlashLMError(result["error"])
     if result["stopped_by"] == "interrupt":
