@@ -254,8 +254,8 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 def packed_bytes(config: ModelConfig) -> int:
     """About how many bytes a model takes if packed as tightly as it may be: what a preset costs to store.
 
-    An estimate, below the size of a compact checkpoint, whose embedding has 16 bits: five ternary weights to a byte and
-    a scale a matrix, the embedding at 8 bits with a 16-bit scale a row and a 16-bit token id, the rest as float32.
+    An estimate, below the size of a compact checkpoint, whose embedding has 16 bits: five ternary weights to a byte,
+    the embedding at 8 bits with a 16-bit scale a row and a 16-bit token id, the rest as float32.
     Float twins have all linear layers as float32.
     """
     counts = count_parameters(config)
