@@ -99,8 +99,9 @@ def load_checkpoint(path: str | Path, prefer: str = BEST) -> dict:
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise FlashLMError("it is no FlashLM checkpoint of this version")
         content["model_config"] = ModelConfig(**content["model_config"])
-        # What was saved before there was a choice was trained by AdamW.
-        content["train_config"] = TrainConfig(**{"optimizer": "adamw"} | content["train_config"])
+        # What was saved before there was a choice was trained by AdamW, and on the whole vocabulary.
+        earlier = {"optimizer": "adamw", "sampled_softmax": False}
+        content["train_config"] = TrainConfig(**earlier | content["train_config"])
         saved = content["vocabulary"]
         content["vocabulary"] = Vocabulary(torch.as_tensor(saved["kept"]).tolist(), saved["coverage"])
         content["vocabulary"].require(saved["hash"], str(path))

@@ -99,7 +99,8 @@ class TrainConfig:
     hours: wall-clock budget; epochs: passes over the text; whichever ends first (one may be None).
     batch: sequences a step. lr: peak learning rate. warmup, decay: shares of the budget spent rising
     to the peak and falling to lr * floor. optimizer: of the ternary weights, "muon" or "adamw". dropout: share of
-    activations left out while training, which helps where a text is read many times. clip: largest gradient norm.
+    activations left out while training, which helps where a text is read many times. sampled_softmax:
+    whether the loss of a step is estimated from a part of a large vocabulary (head.py). clip: largest gradient norm.
     patience: validations without a better loss before stopping early. validation_stories: how many stories each
     validation scores. bfloat16: the number format of matrix products. compile: by torch.compile. What is None of
     batch, bfloat16 and compile is decided for the machine when training starts (fastpath.py).
@@ -117,6 +118,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     optimizer: str = "muon"
     dropout: float = 0.0
+    sampled_softmax: bool = True
     clip: float = 1.0
     patience: int = 10
     validation_stories: int = 256

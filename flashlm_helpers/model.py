@@ -195,6 +195,7 @@ class FlashLM(nn.Module):
         self.blocks = nn.ModuleList(BoltBlock(config, number in config.attention) for number in range(config.blocks))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.dropout = 0.0  # of what the first block and the head read, while training
+        self.sampled_softmax = False  # estimate the loss from a part of the vocabulary, while training
         self.compiled, self.power_rows, self.row_nats = False, power_rows, row_nats
 
     def compile(self) -> None:
@@ -234,7 +235,7 @@ class FlashLM(nn.Module):
         """Mean cross-entropy in nats over targets (B, T) that are not `ignore_index`."""
         hidden = self.hidden(ids)[0]
         return head_cross_entropy(hidden.flatten(0, 1), self.embedding.weight, targets.flatten(), ignore_index,
-                                  self.power_rows)
+                                  self.power_rows, self.sampled_softmax and self.training)
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

@@ -99,7 +99,7 @@ class Trainer:
         self.config, self.vocabulary, self.clock, self.source = train_config, vocabulary, clock, source
         self.tokens, self.save_dir = train_tokens, Path(save_dir)
         self.model = FlashLM(replace(model_config, vocabulary_size=len(vocabulary)))
-        self.model.dropout = train_config.dropout
+        self.model.dropout, self.model.sampled_softmax = train_config.dropout, train_config.sampled_softmax
         self.optimizer = make_optimizer(self.model, train_config)
         self.valid_stories = [vocabulary.decode(ids)
                               for ids in valid_tokens.sample_stories(train_config.validation_stories)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from flashlm_helpers.config import PRESETS, FlashLMError, ModelConfig, TrainConfig
-from flashlm_helpers.head import ROWS, head_cross_entropy
+from flashlm_helpers.head import CANDIDATES, ROWS, draw_candidates, head_cross_entropy
 from flashlm_helpers.model import AttentionMixer, FlashLM, GatedConvMixer, TernaryGLU, count_parameters
 from flashlm_helpers.quantization import BitLinear, quantize_straight_through
 
@@ -200,6 +200,44 @@ def test_a_head_without_any_target_costs_nothing():
     loss = head_cross_entropy(hidden, torch.randn(5, 3), torch.zeros(4, dtype=torch.long), ignore_index=0)
     loss.backward()
     assert loss == 0 and not hidden.grad.any()
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(2, 5000), tokens=st.integers(1, 4000),
+       different=st.integers(1, 5000))
+@settings(max_examples=50, deadline=None)
+def test_candidates_are_all_targets_and_stand_for_the_whole_vocabulary(seed, size, tokens, different):
+    torch.manual_seed(seed)
+    targets, count = torch.randint(0, min(size, different), (tokens,)), max(CANDIDATES, tokens // 2)
+    candidates = draw_candidates(targets, size)
+    assert (candidates is None) == (count >= size or len(targets.unique()) >= count)
+    if candidates is None:
+        return
+    ids, bias = candidates
+    assert len(ids.unique()) == len(bias) == count and torch.isin(targets, ids).all()
+    assert 0 <= ids.min() and ids.max() < size
+    assert bias.exp().sum().item() == pytest.approx(size, rel=1e-4)  # each token counts, by itself or by another
+    assert not bias[torch.isin(ids, targets)].any()
+
+
+def test_a_sampled_head_has_the_loss_and_gradient_of_the_whole_one_on_average():
+    hidden, weight = torch.randn(40, 8), torch.randn(3 * CANDIDATES, 8) * 0.4
+    targets, results = torch.randint(0, 20, (40,)), []
+    for sampled, repeats in ((False, 1), (True, 100)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = sum(head_cross_entropy(h, w, targets, 3, sampled=sampled) for _ in range(repeats)) / repeats
+        loss.backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    (whole, *gradients), (estimated, *estimates) = results
+    assert estimated.item() == pytest.approx(whole.item(), rel=0.001)
+    for exact, estimate in zip(gradients, estimates, strict=True):
+        assert (estimate - exact).norm() < 0.05 * exact.norm()
+
+
+def test_the_loss_is_estimated_while_training_only():
+    model, ids = stir(FlashLM(replace(CONFIG, vocabulary_size=2 * CANDIDATES))), torch.ones(2, 9, dtype=torch.long)
+    exact, model.sampled_softmax = model.loss(ids, ids), True
+    assert len({model.loss(ids, ids).item() for _ in range(5)}) > 1
+    assert model.eval().loss(ids, ids) == exact
 
 
 @pytest.mark.parametrize("change", [{"width": 0}, {"blocks": -1}, {"kernel_size": 2.5}])
