@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashlm_helpers import builtin
+from flashlm_helpers import builtin, head
 from flashlm_helpers.config import ModelConfig, TrainConfig
 from flashlm_helpers.corpus import SEPARATOR, open_corpus
 from flashlm_helpers.tokens import prepare
@@ -68,6 +68,12 @@ def prepared(text_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def vocabulary(prepared):
     return prepared[0]
+
+
+@pytest.fixture
+def few_candidates(monkeypatch):
+    """A sampled softmax that has something to leave out of a small vocabulary."""
+    monkeypatch.setattr(head, "CANDIDATES", 200)
 
 
 @pytest.fixture

@@ -272,7 +272,8 @@ def test_programs_are_kept_elsewhere_where_they_cannot_be_in_data(tmp_path, monk
 
 @needs_compiler
 @pytest.mark.parametrize("architecture, dropout", [("model_config", 0.0), ("hybrid_config", 0.1)])
-def test_a_compiled_run_records_its_way_and_resumes_bit_for_bit(prepared, architecture, dropout, tmp_path, request):
+def test_a_compiled_run_records_its_way_and_resumes_bit_for_bit(
+        prepared, architecture, dropout, tmp_path, request, few_candidates):
     model_config = request.getfixturevalue(architecture)
     config = TrainConfig(epochs=0.11, validation_stories=5, compile=True, dropout=dropout)
     whole = train(model_config, config, *prepared, tmp_path / "whole", on_step=quiet)

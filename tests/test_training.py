@@ -18,6 +18,7 @@ from flashlm_helpers import files, optimization, training
 from flashlm_helpers.checkpoint import BEST, LAST, load_checkpoint, load_model, save_checkpoint
 from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig
 from flashlm_helpers.evaluation import evaluate
+from flashlm_helpers.head import draw_candidates
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import make_optimizer
 from flashlm_helpers.quantization import BitLinear
@@ -56,7 +57,8 @@ def test_nothing_but_ternary_weights_is_decayed(model_config):
 
 
 @pytest.fixture
-def whole_run(prepared, model_config, train_config, tmp_path):
+def whole_run(prepared, model_config, train_config, tmp_path, few_candidates):
+    assert draw_candidates(prepared[1].batch(0, train_config.batch or 8, 32, 0)[1].flatten(), len(prepared[0]))
     train(model_config, train_config, *prepared, tmp_path / "whole", on_step=quiet)
     return load_checkpoint(tmp_path / "whole", LAST)
 
