@@ -25,9 +25,10 @@ from flashlm_helpers.optimization import accumulate_gradient, make_optimizer, op
 from flashlm_helpers.tokens import TokenFile
 
 DEFAULT_BATCH = 8  # sequences a step where nothing is measured
-MEASURED_TOKENS = (2048, 4096, 8192)  # tokens a step of the batches that are measured
+MEASURED_TOKENS = (2048, 4096)  # tokens a step of the batches that are measured
 MEASURING_SHARE = 0.05  # of the run's time, at most
-FAST_ENOUGH = 0.7  # of the best speed: the smallest such batch is taken, as more steps are worth more than some speed
+FAST_ENOUGH = 0.7  # of the best speed: slower batches are out
+ENOUGH_STEPS = 1_200  # of a run: with as many a larger batch is better, with fewer a smaller one (notebook 11)
 COMPILE_SECONDS = 120.0  # expected length of a run from which compiling repays: it takes half a minute the first time
 COMPILERS = ("g++", "clang++", "c++", "cl")
 
@@ -94,9 +95,13 @@ def measure_batches(step: Callable[[int], object], batches: Sequence[int], limit
     return {batch: batch / median(taken) for batch, taken in seconds.items()}
 
 
-def choose_batch(speeds: dict[int, float]) -> int:
-    """The smallest batch that is fast enough; speeds: tokens or sequences per second by batch."""
-    return min(batch for batch, speed in speeds.items() if speed >= FAST_ENOUGH * max(speeds.values()))
+def choose_batch(speeds: dict[int, float], seconds: float) -> int:
+    """Of the batches that are fast enough, the largest that leaves a run enough steps, or else the smallest.
+
+    speeds: sequences per second by batch. seconds: the length of the run.
+    """
+    fast = [batch for batch, speed in speeds.items() if speed >= FAST_ENOUGH * max(speeds.values())]
+    return max((batch for batch in fast if speeds[batch] / batch * seconds >= ENOUGH_STEPS), default=min(fast))
 
 
 def decide(model: FlashLM, config: TrainConfig, tokens: TokenFile, seconds: float) -> TrainConfig:
@@ -125,7 +130,7 @@ def _decide(model: FlashLM, config: TrainConfig, tokens: TokenFile, seconds: flo
         speeds = measure_batches(
             lambda batch: optimizer_step(trial, optimizer, *tokens.batch(0, batch, length, config.seed), config),
             [max(1, count // length) for count in MEASURED_TOKENS], limit=MEASURING_SHARE * seconds)
-        config = replace(config, batch=choose_batch(speeds) if speeds else None)
+        config = replace(config, batch=choose_batch(speeds, seconds) if speeds else None)
     config = replace(config, compile=model.compiled, batch=config.batch or DEFAULT_BATCH)
     measured = ", ".join(f"{batch}: {speed * model.config.sequence_length:,.0f}" for batch, speed in speeds.items())
     print(f"{'bfloat16' if config.bfloat16 else 'float32'} products, {'compiled' if config.compile else 'eager'}"
