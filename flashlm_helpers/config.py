@@ -98,7 +98,7 @@ class TrainConfig:
 
     hours: wall-clock budget; epochs: passes over the text; whichever ends first (one may be None).
     batch: sequences a step. lr: peak learning rate. warmup, decay: shares of the budget spent rising
-    to the peak and falling to lr * floor. optimizer: of the ternary weights, "muon" or "adamw". dropout: share of
+    to the peak and falling to lr * floor. optimizer: of the ternary weights, "adamw" or "muon". dropout: share of
     activations left out while training, which helps where a text is read many times. sampled_softmax:
     whether the loss of a step is estimated from a part of a large vocabulary (head.py). clip: largest gradient norm.
     patience: validations without a better loss before stopping early. validation_stories: how many stories each
@@ -116,7 +116,7 @@ class TrainConfig:
     decay: float = 0.5
     floor: float = 0.0
     weight_decay: float = 0.1
-    optimizer: str = "muon"
+    optimizer: str = "adamw"
     dropout: float = 0.0
     sampled_softmax: bool = True
     clip: float = 1.0
@@ -144,8 +144,8 @@ class TrainConfig:
         if self.batch is not None and self.batch > LARGEST_BATCH:
             raise FlashLMError(f"batch must be at most {LARGEST_BATCH:,} sequences, not {self.batch:,}: try --batch 32")
         check_seed(self.seed)
-        if self.optimizer not in ("muon", "adamw"):
-            raise FlashLMError(f"optimizer must be muon or adamw, not {self.optimizer!r}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise FlashLMError(f"optimizer must be adamw or muon, not {self.optimizer!r}")
         if not 0 <= self.dropout < 1:
             raise FlashLMError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not (0 <= self.weight_decay <= 1e6 and 0 <= self.floor <= 1):

@@ -1,4 +1,4 @@
-"""One optimizer step: the gradient of a batch, in as many parts as memory asks for, and Muon or AdamW."""
+"""One optimizer step: the gradient of a batch, in as many parts as memory asks for, and AdamW or Muon."""
 
 import functools
 import math
@@ -48,7 +48,7 @@ class Optimizers:
 
 
 def make_optimizer(model: FlashLM, config: TrainConfig) -> Optimizers:
-    """Muon for the latent ternary weights and AdamW for the rest, or AdamW for all, as config.optimizer says.
+    """AdamW for all parameters, or Muon for the latent ternary weights and AdamW for the rest: config.optimizer.
 
     Only the latent ternary weights decay: norms, embedding and convolutions do not. Muon's steps are scaled to the
     size of AdamW's, so both share one learning rate. Source: arXiv:1711.05101 (AdamW), arXiv:2502.16982 (Muon, scaled).

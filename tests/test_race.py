@@ -108,7 +108,7 @@ def test_the_command_prints_a_table_and_draws_the_curves(text_dir, home, tmp_pat
 @pytest.mark.parametrize("arguments, complaint", [
     (["--presets", "v4-small", "--minutes", "0"], "minutes must be greater"),
     (["--presets", "v4-small", "--minutes", "inf"], "minutes must be greater"),
-    (["--presets", "v4-small,v4-small:optimizer=muon", "--minutes", "1"], "would run twice"),
+    (["--presets", "v4-small,v4-small:optimizer=adamw", "--minutes", "1"], "would run twice"),
     (["--presets", "v4-small", "--minutes", "1", "--seeds", "1,1"], "would run twice"),
     (["--presets", "v4-small", "--minutes", "1", "--results", "r.png"], "must end in .jsonl"),
     (["--presets", "v4-small", "--minutes", "1", "--seeds", "0,-1"], "seed must be"),

@@ -111,7 +111,7 @@ def test_a_run_saved_before_there_was_muon_goes_on_with_adamw(prepared, model_co
 
 def test_muon_moves_the_ternary_weights_and_adamw_the_rest(model_config):
     model = FlashLM(model_config)
-    muon, adamw = make_optimizer(model, TrainConfig(epochs=1, weight_decay=0.3)).parts
+    muon, adamw = make_optimizer(model, TrainConfig(epochs=1, weight_decay=0.3, optimizer="muon")).parts
     names = {parameter: name for name, parameter in model.named_parameters()}
     moved = {names[p] for group in muon.param_groups for p in group["params"]}
     assert moved == {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, BitLinear)}
