@@ -78,7 +78,7 @@ def plot_race(records: list[dict]) -> Figure:
                        color=COLOURS[number % len(COLOURS)], marker=MARKS[number % len(MARKS)], markersize=4, alpha=0.8,
                        label=record["entrant"] if record["seed"] == records[0]["seed"] else None)
         panel.set_xlabel(label)
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, 1.04 * max(row[key] / unit for record in records for row in record["validation"]))
         panel.set_ylim(min(ends) * 0.97, max(ends) * 1.5)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation bits per byte")
