@@ -28,7 +28,7 @@ DEFAULT_BATCH = 8  # sequences a step where nothing is measured
 MEASURED_TOKENS = (2048, 4096)  # tokens a step of the batches that are measured
 MEASURING_SHARE = 0.05  # of the run's time, at most
 FAST_ENOUGH = 0.7  # of the best speed: slower batches are out
-ENOUGH_STEPS = 1_200  # of a run: with as many a larger batch is better, with fewer a smaller one (notebook 11)
+ENOUGH_STEPS = 1_200  # of a run: with as many a larger batch was better, with fewer a smaller one (notebook 11)
 COMPILE_SECONDS = 120.0  # expected length of a run from which compiling repays: it takes half a minute the first time
 COMPILERS = ("g++", "clang++", "c++", "cl")
 
