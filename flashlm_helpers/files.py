@@ -50,7 +50,7 @@ def require_writable(folder: Path) -> None:
     """Raise FlashLMError if no file can be written into the folder, which is made: noticed before anything slow."""
     with atomic_write(folder / ".writable"):
         pass
-    (folder / ".writable").unlink()
+    (folder / ".writable").unlink(missing_ok=True)  # another process may be trying, too
 
 
 def read_json_lines(path: Path) -> list[dict]:

@@ -12,6 +12,9 @@ from flashlm_helpers.model import FlashLM
 from flashlm_helpers.quantization import freeze_ternary
 from flashlm_helpers.vocab import BOS, EOS, PAD, SURROGATE, UNK, Vocabulary
 
+MOST_TOKENS = 1_000_000  # of one story
+LIKELIEST = 256  # ids that top-p looks at first, since sorting all of them takes longer than the model
+
 
 @dataclass
 class Story:
@@ -44,13 +47,19 @@ def sampling_distribution(logits: Tensor, temperature: float = 1.0, top_k: int =
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     p = logits.softmax(1)
     if top_p < 1:
-        ranked, order = p.sort(dim=1, descending=True)
+        ranked, order = p.topk(min(LIKELIEST, p.shape[1]))
+        if (ranked.sum(1) < top_p).any():
+            ranked, order = p.sort(dim=1, descending=True)
         before = ranked.cumsum(1) - ranked
-        p = torch.zeros_like(p).scatter(1, order, ranked.masked_fill(before >= top_p, 0.0))
+        p = torch.zeros_like(p).scatter(1, order, ranked.masked_fill(before >= max(top_p, 1e-30), 0.0))
     return p / p.sum(1, keepdim=True)
 
 
-def _check_sampling(temperature: float, top_k: int, top_p: float, tokens: int, seed: int) -> None:
+def check_request(prompts: Sequence[str], tokens: int, temperature: float, top_k: int, top_p: float,
+                  seed: int) -> None:
+    """Raise FlashLMError for an empty prompt or a setting out of range; every runtime asks this first."""
+    if not prompts or not all(prompts):
+        raise FlashLMError('the prompt is empty: give a few words, for example "Once upon a time"')
     check_seed(seed)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise FlashLMError(f"temperature must be 0 (greedy) or more, not {temperature}")
@@ -58,8 +67,17 @@ def _check_sampling(temperature: float, top_k: int, top_p: float, tokens: int, s
         raise FlashLMError(f"top-k must be 0 (off) or more, not {top_k}")
     if not 0 < top_p <= 1:
         raise FlashLMError(f"top-p must be above 0 and at most 1 (off), not {top_p}")
-    if tokens < 1:
-        raise FlashLMError(f"tokens must be at least 1, not {tokens}")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise FlashLMError(f"tokens must be from 1 to {MOST_TOKENS:,}, not {tokens}")
+
+
+def _read(model, ids: Tensor, past: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    """The logits (B, V) of what follows ids (B, T), and the states after them; past: the states before them."""
+    if isinstance(model, FlashLM):
+        hidden, past = model.hidden(ids, past)
+        return model.head(hidden[:, -1]).float(), past
+    logits, past = model.read(ids, past)
+    return logits[:, -1], past
 
 
 @torch.inference_mode()
@@ -67,22 +85,21 @@ def stream(model: FlashLM, vocabulary: Vocabulary, prompts: Sequence[str], token
            temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95, seed: int = 0) -> Iterator[list[Story]]:
     """Yield the stories after each step, until all have ended or have `tokens` generated ids.
 
+    model: a FlashLM, or one of another runtime that has read(ids, past), as runtime.onnx.OnnxModel has.
     The state of each block is carried along and has a fixed size, so a token costs the same at any position. Story i
     draws from its own generator seeded with seed + i, so it does not depend on the others in the batch.
     The same list of Story objects is yielded again and again, grown by one id each; `text` is set at the end.
     Raises FlashLMError for an empty prompt or a setting out of range.
     """
-    _check_sampling(temperature, top_k, top_p, tokens, seed)
-    if not prompts or not all(prompts):
-        raise FlashLMError('the prompt is empty: give a few words, for example "Once upon a time"')
-    model = freeze_ternary(model)
+    check_request(prompts, tokens, temperature, top_k, top_p, seed)
+    if isinstance(model, FlashLM):
+        model = freeze_ternary(model)
     stories = [Story(prompt) for prompt in prompts]
     draws = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    read = [model.hidden(torch.tensor([[BOS, *vocabulary.encode(prompt)]])) for prompt in prompts]
-    last = torch.cat([hidden[:, -1] for hidden, _ in read])
-    past = [torch.cat(states) for states in zip(*(states for _, states in read), strict=True)]
+    begun = [_read(model, torch.tensor([[BOS, *vocabulary.encode(prompt)]]), None) for prompt in prompts]
+    logits = torch.cat([last for last, _ in begun])
+    past = [torch.cat(states) for states in zip(*(states for _, states in begun), strict=True)]
     for _ in range(tokens):
-        logits = model.head(last).float()
         logits[:, [PAD, UNK, BOS]] = -math.inf
         log_p = logits.log_softmax(1)
         entropy = -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(1) / math.log(2)
@@ -99,8 +116,7 @@ def stream(model: FlashLM, vocabulary: Vocabulary, prompts: Sequence[str], token
         yield stories
         if all(story.finished for story in stories):
             break
-        hidden, past = model.hidden(chosen, past)
-        last = hidden[:, -1]
+        logits, past = _read(model, chosen, past)
     for story in stories:
         story.text = story.prompt + SURROGATE.sub("\ufffd", vocabulary.decode(story.ids))
 

@@ -1,0 +1,107 @@
+"""Throw damaged and hostile packed files at bolt.c, built with the address and undefined-behaviour sanitizers.
+
+    python tests/fuzz_packed.py --files 10000
+
+Each file must be refused (status 2 and one line) or run (status 0), in a few seconds. Most of them have their checksums
+made to fit again, so that what is checked after those is reached.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HEADER, ENCODING = 192, 203_600  # bytes of the header, and about those of GPT-2's encoding at the end
+INTERESTING = (0, 1, 2, 4, 15, 16, 127, 128, 242, 243, 254, 255)
+
+
+def reseal(content: bytearray) -> bytes:
+    """The file with checksums that fit whatever was done to it."""
+    content[24:28] = struct.pack("<I", zlib.crc32(content[HEADER:]))
+    content[12:16] = struct.pack("<I", zlib.crc32(content[16:HEADER]))
+    return bytes(content)
+
+
+def mutate(content: bytes, numbers: random.Random) -> bytes:
+    """A file that is damaged, truncated, prolonged, or hostile with checksums that fit."""
+    hostile, fits = bytearray(content), numbers.random() < 0.75
+    kind = numbers.randrange(7)
+    if kind == 0:  # a size of the header
+        place = 28 + 4 * numbers.randrange(11)
+        size = numbers.choice([*INTERESTING, numbers.randrange(70_000), 2**31, 2**32 - 1])
+        hostile[place : place + 4] = struct.pack("<I", size)
+    elif kind == 1:
+        del hostile[numbers.randrange(len(hostile)) :]
+    elif kind == 2:
+        hostile += bytes(numbers.randrange(1, 100))
+    else:  # bytes: of the header, of the weights, of the encoding, of the classes of characters at its end
+        borders = (8, HEADER, len(content) - ENCODING, len(content) - 3_600, len(content))
+        first, last = borders[kind - 3 : kind - 1]
+        for _ in range(numbers.choice([1, 2, 8, 64])):
+            place = numbers.randrange(first, last)
+            hostile[place] = numbers.choice([*INTERESTING, numbers.randrange(256)])
+    return reseal(hostile) if fits and len(hostile) > HEADER else bytes(hostile)
+
+
+def build(source: Path, program: Path) -> None:
+    """Build bolt.c so that it stops at the first wrong access."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
+    subprocess.run([compiler, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", str(source),
+                    "-o", str(program)], check=True)
+
+
+def fuzz(program: Path, contents: list[bytes], files: int, seed: int = 0) -> Counter:
+    """How many files were refused and how many ran; raises AssertionError for one that did anything else."""
+
+    def one(number: int) -> str:
+        numbers = random.Random(f"{seed}-{number}")
+        with tempfile.NamedTemporaryFile(suffix=".flashlm") as file:
+            file.write(mutate(numbers.choice(contents), numbers))
+            file.flush()
+            words = [program, file.name, "Once, you're \u3000 42 ! a\U0001f642", "-n", "4", "-t", numbers.choice("01")]
+            done = subprocess.run(words, capture_output=True, timeout=120,
+                                  env=os.environ | {"ASAN_OPTIONS": "allocator_may_return_null=1",
+                                                    "BOLT_KERNELS": numbers.choice(["portable", "avx2", "avx512"])})
+        told = done.returncode == 0 and not done.stderr
+        refused = done.returncode == 2 and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
+        assert told or refused, f"file {number} of seed {seed}: {done.returncode} {done.stderr[-2000:]}"
+        return "ran" if told else "refused"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return Counter(pool.map(one, range(files)))
+
+
+def small_models(folder: Path) -> list[bytes]:
+    """Packed files of a model with attention and of one without, as small as they can be."""
+    from flashlm_helpers.config import ModelConfig
+    from flashlm_helpers.corpus import open_corpus
+    from flashlm_helpers.model import FlashLM
+    from flashlm_helpers.runtime.packed import save_packed
+    from flashlm_helpers.vocab import Vocabulary
+
+    vocabulary, contents = Vocabulary.build(open_corpus("builtin", None, 50).stories("train"), 400), []
+    for bits, more in ((8, {}), (32, {"attention": (1,), "heads": 2, "window": 5, "layer_scale": True})):
+        model = FlashLM(ModelConfig("small", 32, 2, 16, 32, kernel_size=3, vocabulary_size=len(vocabulary), **more))
+        save_packed(folder / "small", model, vocabulary, bits)
+        contents.append((folder / "small").read_bytes())
+    return contents
+
+
+if __name__ == "__main__":
+    from flashlm_helpers.runtime.bolt import SOURCE
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        build(SOURCE, Path(name) / "bolt")
+        print(dict(fuzz(Path(name) / "bolt", small_models(Path(name)), args.files, args.seed)), file=sys.stderr)

@@ -1,0 +1,451 @@
+import json
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import stir
+from fuzz_packed import build, fuzz, mutate, reseal, small_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashlm_helpers.__main__ import main
+from flashlm_helpers.checkpoint import save_checkpoint
+from flashlm_helpers.config import FlashLMError, TrainConfig
+from flashlm_helpers.generation import generate
+from flashlm_helpers.model import FlashLM
+from flashlm_helpers.runtime import bolt as runtime
+from flashlm_helpers.runtime.bolt import LANES, SOURCE, Bolt, NoRuntime
+from flashlm_helpers.runtime.packed import VERSION, is_packed, load_packed, save_packed
+from flashlm_helpers.vocab import BOS, EOS
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, runtime.COMPILERS)), reason="no C compiler")
+HYBRID = {"attention": (1,), "heads": 2, "window": 12, "layer_scale": True}
+SHAPES = {"v4": {}, "hybrid": HYBRID, "other sizes": {"width": 80, "hidden": 16, "kernel_size": 3},
+          "kernel of 1": {"kernel_size": 1}, "window of 1": {"attention": (0, 1), "heads": 1, "window": 1},
+          "window of 40": {"attention": (0,), "heads": 1, "window": 40}}
+
+
+@pytest.fixture
+def model_config(model_config):
+    return replace(model_config, width=32, hidden=48)
+
+
+@pytest.fixture(params=SHAPES)
+def model(request, model_config):
+    torch.manual_seed(0)
+    return lively(replace(model_config, **SHAPES[request.param]))
+
+
+def lively(config):
+    """A model whose norms differ from one another, and whose guesses are far from even."""
+    model = stir(FlashLM(config)).eval()
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, torch.nn.RMSNorm)):
+            norm.weight.normal_(1.0, 0.3)
+        model.norm.weight *= 20
+    return model
+
+
+@pytest.fixture(params=["v4", "hybrid"])
+def packed(request, model_config, vocabulary, tmp_path):
+    torch.manual_seed(1)
+    save_packed(tmp_path / "m.flashlm", lively(replace(model_config, **SHAPES[request.param])), vocabulary)
+    return tmp_path / "m.flashlm"
+
+
+def text_ids(prepared, count=200):
+    return [BOS, *prepared[2].ids[1:count].tolist()]
+
+
+# The file
+
+
+def test_a_packed_model_is_the_same_model(model, vocabulary, prepared, tmp_path):
+    save_packed(tmp_path / "exact", model, vocabulary, bits=32)
+    loaded, same = load_packed(tmp_path / "exact")
+    assert is_packed(tmp_path / "exact") and same.hash == vocabulary.hash and loaded.config == model.config
+    ids = torch.tensor([text_ids(prepared)])
+    torch.testing.assert_close(loaded(ids), model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_the_embedding_at_8_bits_is_off_by_half_a_step_at_most(model, vocabulary, tmp_path):
+    with torch.no_grad():
+        model.embedding.weight[7] = 0
+    save_packed(tmp_path / "small", model, vocabulary)
+    rows, kept = model.embedding.weight, load_packed(tmp_path / "small")[0].embedding.weight
+    steps = rows.abs().amax(1, keepdim=True) / 127
+    assert ((rows - kept).abs() <= 0.56 * steps).all() and not kept[7].any()
+
+
+def test_what_cannot_be_packed_is_refused(model_config, vocabulary, tmp_path):
+    for change in ({"ternary": False}, {"width": 8208}, {"width": 40}, {"hidden": 50}, {"attention": (0,), "heads": 4}):
+        with torch.device("meta"), pytest.raises(FlashLMError):
+            save_packed(tmp_path / "no", FlashLM(replace(model_config, **change)), vocabulary)
+    assert not (tmp_path / "no").exists()
+
+
+def refused(path):
+    """Whether both readers refuse a file, each in one line; a hostile one may be harmless, but both must survive it."""
+    complaints = []
+    for reader in (load_packed, Bolt):
+        try:
+            reader(path)
+        except FlashLMError as error:
+            assert "\n" not in str(error)
+            complaints.append(str(error))
+    return len(complaints) == 2
+
+
+@needs_compiler
+def test_damaged_and_truncated_files_are_refused(packed, tmp_path):
+    content, numbers = packed.read_bytes(), random.Random(0)
+    bad = tmp_path / "bad"
+    for length in (0, 1, 8, 100, 191, 192, 193, len(content) // 2, len(content) - 1):
+        bad.write_bytes(content[:length])
+        assert refused(bad)
+    bad.write_bytes(content + b"\0")
+    assert refused(bad)
+    for _ in range(200):
+        place = numbers.randrange(len(content))
+        if numbers.random() < 0.5:
+            place %= 192
+        bad.write_bytes(content[:place] + bytes([content[place] ^ 1 << numbers.randrange(8)]) + content[place + 1:])
+        assert refused(bad), place
+    bad.write_bytes(reseal(bytearray(content[:8] + struct.pack("<I", VERSION + 1) + content[12:])))
+    for reader in (load_packed, Bolt):
+        with pytest.raises(FlashLMError, match=f"of version {VERSION + 1} .* export it anew"):
+            reader(bad)
+
+
+@needs_compiler
+def test_hostile_files_with_true_checksums_harm_nobody(packed, tmp_path):
+    content, numbers, bad = packed.read_bytes(), random.Random(1), tmp_path / "bad"
+    opened = 0
+    for _ in range(300):
+        bad.write_bytes(mutate(content, numbers))
+        refused(bad)
+        try:
+            bolt = Bolt(bad)
+        except FlashLMError:
+            continue
+        opened += 1
+        bolt.token_nats([[BOS, EOS, 5]])
+        for temperature in (0.0, 1.0):
+            bolt.generate(["Once, you're \u3000 42 !\U0001f642"] * numbers.choice([1, 9]), 5, temperature)
+    assert opened > 30
+
+
+@needs_compiler
+def test_a_space_that_is_no_white_space_hangs_nobody(packed, tmp_path):
+    content = bytearray(packed.read_bytes())
+    spaces = struct.pack("<4H", 9, 5, 18, 1)  # 9 to 13, then 32
+    place = content.rindex(spaces)
+    content[place + 4] = 19
+    (tmp_path / "odd").write_bytes(reseal(content))
+    assert Bolt(tmp_path / "odd").encode("Hi !") == Bolt(packed).encode("Hi !")
+
+
+@needs_compiler
+def test_hostile_files_do_nothing_that_a_sanitizer_would_stop(tmp_path):
+    try:
+        build(SOURCE, tmp_path / "bolt")
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no sanitizers")
+    outcomes = fuzz(tmp_path / "bolt", small_models(tmp_path), 100)  # by hand: tests/fuzz_packed.py --files 10000
+    assert outcomes["ran"] > 5 and outcomes["refused"] > 5
+
+
+# The program
+
+
+@needs_compiler
+def test_c_computes_what_pytorch_computes(model, vocabulary, prepared, tmp_path):
+    save_packed(tmp_path / "exact", model, vocabulary, bits=32)
+    bolt, ids = Bolt(tmp_path / "exact"), text_ids(prepared)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids]))[0]
+    torch.testing.assert_close(torch.from_numpy(bolt.logits([ids])[0]), logits, rtol=1e-4, atol=1e-4)
+    nats = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+    for scored in bolt.token_nats([ids, ids, ids[:40]]):
+        torch.testing.assert_close(torch.from_numpy(scored).float(), nats[: len(scored)], rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_texts_side_by_side_do_not_touch_each_other(model, vocabulary, prepared, tmp_path):
+    save_packed(tmp_path / "exact", model, vocabulary, bits=32)
+    ids = torch.tensor(prepared[2].ids[: LANES * 60].astype(int)).view(LANES, 60)
+    with torch.inference_mode():
+        logits = model(ids)
+    torch.testing.assert_close(torch.from_numpy(Bolt(tmp_path / "exact").logits(ids)), logits, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernels", ["portable", "avx2", "avx512"])
+def test_all_kernels_compute_the_same(kernels, model, vocabulary, prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOLT_KERNELS", kernels)
+    save_packed(tmp_path / "m", model, vocabulary)
+    bolt, ids = Bolt(tmp_path / "m"), torch.tensor([text_ids(prepared, 40)])
+    capabilities = torch.cpu.get_capabilities()
+    if kernels != "portable" and not capabilities.get("avx512_bw" if kernels == "avx512" else kernels):
+        pytest.skip(f"this processor has no {kernels}")
+    assert bolt.kernels == kernels
+    with torch.inference_mode():
+        logits = load_packed(tmp_path / "m")[0](ids)
+    for texts in (1, LANES):
+        computed = torch.from_numpy(bolt.logits(ids.repeat(texts, 1)))
+        torch.testing.assert_close(computed, logits.repeat(texts, 1, 1), rtol=1e-4, atol=2e-4)
+
+
+@needs_compiler
+def test_greedy_stories_are_those_of_pytorch(model, vocabulary, tmp_path):
+    save_packed(tmp_path / "exact", model, vocabulary, bits=32)
+    prompts = ["One day, a cat", "Tom", "The big red ball rolled down"] * 7
+    heard, bolt = [], Bolt(tmp_path / "exact")
+    told = generate(model, vocabulary, prompts, tokens=60, temperature=0)
+    for stories in (bolt.generate(prompts, 60, 0), [bolt.generate(p, 60, 0)[0] for p in prompts[:3]]):
+        for mine, other in zip(stories, told, strict=False):
+            assert (mine.text, mine.ids, mine.finished) == (other.text, other.ids, other.finished)
+            assert mine.surprise == pytest.approx(other.surprise, abs=1e-3)
+    bolt.generate(prompts[:2], 5, 0, listener=lambda *what: heard.append(what))
+    assert sorted(heard) == sorted((n, i) for n in (0, 1) for i in told[n].ids[:5])
+
+
+@needs_compiler
+def test_a_story_does_not_depend_on_those_beside_it(packed):
+    bolt = Bolt(packed)
+    many = bolt.generate(["Tom"] * 20, 20, seed=5)
+    assert bolt.generate(["A long and other beginning"] + ["Tom"] * 19, 20, seed=5)[1:] == many[1:]
+    assert len({story.text for story in many}) > 10
+
+
+@needs_compiler
+def test_logits_come_for_one_text_or_sixteen(packed):
+    for texts in (2, LANES - 1, LANES + 1):
+        with pytest.raises(FlashLMError, match=f"not for {texts}"):
+            Bolt(packed).logits([[BOS]] * texts)
+
+
+@needs_compiler
+def test_a_listener_that_fails_is_heard_of(packed):
+    def fail(story, token):
+        raise KeyError(story)
+
+    with pytest.raises(KeyError):
+        Bolt(packed).generate("Tom", listener=fail)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"tokens": 0}, {"seed": -1},
+                                   {"tokens": 3_000_000_000}, {"prompts": ""}, {"prompts": []}, {"prompts": "\ud800"}])
+def test_requests_that_cannot_be_met_are_refused(wrong, packed):
+    with pytest.raises(FlashLMError):
+        Bolt(packed).generate(**{"prompts": "Tom"} | wrong)
+
+
+@needs_compiler
+@pytest.mark.parametrize("settings_", [(1.0, 0, 1e-50), (0.8, 0, 0.95), (1.0, 3, 1.0), (1.5, 0, 1.0), (0.5, 20, 0.5),
+                                       (1e-3, 0, 1.0)])
+def test_sampling_draws_from_the_distribution_it_should(settings_, packed):
+    from flashlm_helpers.generation import sampling_distribution
+
+    bolt = Bolt(packed)
+    logits = torch.from_numpy(bolt.logits([[BOS, *bolt.encode("Tom")]]))[:, -1]
+    logits[:, :BOS + 1] = -torch.inf
+    wanted = sampling_distribution(logits, *settings_)[0]
+    draws = 3000
+    told = bolt.generate(["Tom"] * draws, 1, *settings_) + bolt.generate("Tom", 1, *settings_, seed=draws)
+    first = [story.ids[0] if story.ids else EOS for story in told[1:]]
+    seen, expected = torch.bincount(torch.tensor(first), minlength=len(wanted)), draws * wanted
+    assert not seen[wanted == 0].any()
+    often = expected >= 5  # the others are taken together
+    seen, expected = (torch.cat([counts[often], counts[~often].sum()[None]]) for counts in (seen, expected))
+    chi_square = ((seen - expected) ** 2 / expected.clamp(min=1)).sum()
+    freedom = len(seen) - 1
+    assert chi_square < freedom + 5 * (2 * max(freedom, 1)) ** 0.5  # about one in a million beyond
+
+
+@needs_compiler
+@given(text=st.text(alphabet=st.one_of(
+    st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t'sdmtlvre\u3000\u00a0é你🙂0٣")), max_size=80))
+@settings(max_examples=300, deadline=None)
+def test_c_encodes_text_as_python_does(text, encoder, vocabulary):
+    assert encoder.encode(text) == vocabulary.encode(text)
+
+
+@pytest.fixture(scope="module")
+def encoder(vocabulary, tmp_path_factory):
+    from flashlm_helpers.config import ModelConfig
+
+    path = tmp_path_factory.mktemp("packed") / "m"
+    save_packed(path, FlashLM(ModelConfig("test", 16, 1, 16, 32, vocabulary_size=len(vocabulary))), vocabulary)
+    return Bolt(path)
+
+
+@needs_compiler
+def test_a_long_prompt_is_no_trouble(encoder, vocabulary):
+    for text in ("a" * 100_000, "Once upon a time. " * 5_000, "\U0001f642" * 10_000):
+        assert encoder.encode(text) == vocabulary.encode(text)
+
+
+@needs_compiler
+def test_ids_outside_the_vocabulary_are_refused(encoder):
+    for ids in ([-1], [encoder.vocabulary_size], [70_000]):
+        with pytest.raises(FlashLMError, match="outside this vocabulary"):
+            encoder.token_nats([ids])
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    path = tmp_path_factory.mktemp("program") / "bolt"
+    compiler = next(filter(None, map(shutil.which, runtime.COMPILERS)))
+    subprocess.run([compiler, "-O3", str(SOURCE), "-o", str(path)], check=True)  # as its first lines say
+    return path
+
+
+@needs_compiler
+def test_the_program_tells_a_story_by_itself(program, packed, vocabulary):
+    def run(*words):
+        return subprocess.run([program, packed, *words], capture_output=True)
+
+    done = run("One day", "-t", "0", "-n", "30")
+    told = generate(load_packed(packed)[0], vocabulary, "One day", tokens=30, temperature=0)[0]
+    assert done.returncode == 0 and done.stdout.decode(errors="replace") == told.text + "\n"
+    assert run("One day", "-s", "1").stdout == run("One day", "-s", "1").stdout != run("One day", "-s", "2").stdout
+    assert run("x" * 100_000, "-n", "1").returncode == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("words", [
+    [], ["{model}"], ["{model}", ""], ["{model}", b"\xff"], ["{model}", b"\xed\xa0\x80"], ["no-such-file", "Hi"],
+    [".", "Hi"], ["{model}", "Hi", "-n"], ["{model}", "Hi", "-n", "0"], ["{model}", "Hi", "-n", "2.5"],
+    ["{model}", "Hi", "-p", "0"], ["{model}", "Hi", "-t", "nan"],
+    ["{model}", "Hi", "-s", "-1"], ["{model}", "Hi", "-x", "1"],
+    [sys.executable, "Hi"]])
+def test_mistakes_are_one_line_and_status_2(words, program, packed):
+    words = [str(packed) if word == "{model}" else word for word in words]
+    done = subprocess.run([program, *words], capture_output=True)
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
+
+
+# Where it is built
+
+
+@pytest.fixture
+def unbuilt(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHLM_HOME", str(tmp_path))
+    runtime.library.cache_clear()
+    yield tmp_path
+    runtime.library.cache_clear()
+
+
+def test_without_a_compiler_it_says_what_to_do(unbuilt, monkeypatch):
+    monkeypatch.setenv("PATH", str(unbuilt))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(NoRuntime, match="no C compiler .install gcc or clang to have one"):
+        runtime.library()
+
+
+def test_a_compiler_that_fails_is_one_line(unbuilt, monkeypatch):
+    broken = unbuilt / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'first line\nsecond line' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.raises(NoRuntime, match="cannot build bolt.c .first line second line"):
+        runtime.library()
+    assert not list((unbuilt / "data" / "compiled").iterdir())
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_done_without(unbuilt):
+    (unbuilt / "data").write_text("in the way")
+    assert runtime.library().bolt_open
+
+
+# The command line
+
+
+@pytest.fixture
+def checkpoint(model_config, vocabulary, tmp_path):
+    torch.manual_seed(3)
+    save_checkpoint(tmp_path / "model.pt", lively(replace(model_config, **HYBRID)), TrainConfig(hours=1), vocabulary)
+    return tmp_path / "model.pt"
+
+
+@pytest.fixture
+def tell(capsys):
+    def run(*words):
+        """What a command prints with --json, and its notices."""
+        assert main([*map(str, words), "--json"]) == 0
+        said = capsys.readouterr()
+        return json.loads(said.out), said.err
+
+    return run
+
+
+def export(checkpoint, kind, *flags):
+    out = checkpoint.with_name(f"model.{kind}")
+    assert main(["export", "--checkpoint", str(checkpoint), "--format", kind, "--out", str(out), *flags, "--json"]) == 0
+    return out
+
+
+GREEDY = ["--prompt", "One day", "--tokens", "20", "--temperature", "0"]
+
+
+@needs_compiler
+def test_every_runtime_tells_the_story_of_the_checkpoint(checkpoint, tell, capsys):
+    told, _ = tell("generate", "--checkpoint", checkpoint, *GREEDY)
+    assert told["runtime"] == "torch"
+    for kind, program in (("packed", "c"), ("onnx", "onnx")):
+        exact = export(checkpoint, kind, "--exact")
+        capsys.readouterr()
+        story, _ = tell("generate", "--checkpoint", exact, *GREEDY)
+        assert story["runtime"] == program and story["ids"] == told["ids"]
+        assert tell("generate", "--checkpoint", checkpoint, "--runtime", program, *GREEDY)[0]["runtime"] == program
+
+
+@needs_compiler
+def test_every_runtime_finds_the_same_bits(checkpoint, text_dir, tell):
+    ways = [tell("eval-bpc", "--checkpoint", checkpoint, "--text", text_dir / "valid.txt", "--no-baselines", *flags)[0]
+            for flags in ([], ["--runtime", "c"], ["--runtime", "onnx"])]
+    assert [way["runtime"] for way in ways] == ["torch", "c", "onnx"]
+    assert ways[1]["bpb"] == pytest.approx(ways[0]["bpb"], rel=0.01)
+    assert ways[2]["bpb"] == pytest.approx(ways[0]["bpb"], rel=0.03)
+
+
+def test_without_a_compiler_pytorch_computes(checkpoint, tell, unbuilt, monkeypatch):
+    monkeypatch.setenv("PATH", str(unbuilt))
+    monkeypatch.delenv("CC", raising=False)
+    story, notices = tell("generate", "--checkpoint", checkpoint, "--runtime", "c", *GREEDY)
+    assert story["runtime"] == "torch" and notices.count("\n") == 1 and "no C compiler" in notices
+
+
+def test_a_packed_file_is_described_and_runs_in_pytorch(checkpoint, tell, capsys):
+    packed = export(checkpoint, "packed")
+    capsys.readouterr()
+    assert tell("info", "--checkpoint", packed)[0]["bytes"]["checkpoint"] == packed.stat().st_size
+    assert tell("generate", "--checkpoint", packed, "--runtime", "torch", *GREEDY)[0]["runtime"] == "torch"
+
+
+@needs_compiler
+def test_files_that_do_not_fit_are_refused_in_one_line(checkpoint, tmp_path, capsys):
+    onnx = export(checkpoint, "onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    (tmp_path / "bad.flashlm").write_bytes(b"FLASHLM\0 but no more")
+    capsys.readouterr()
+    generate, export_ = ["generate", "--checkpoint"], ["export", "--checkpoint"]
+    for words in ([*generate, onnx, "--runtime", "torch"], [*generate, onnx, "--runtime", "c"],
+                  [*generate, tmp_path / "bad.onnx"], [*generate, tmp_path / "no.onnx"],
+                  [*generate, tmp_path / "bad.flashlm"], [*generate, tmp_path / "bad.flashlm", "--runtime", "torch"],
+                  [*generate, checkpoint, "--runtime", "c", "--prompt", ""], [*generate, onnx, "--prompt", ""],
+                  [*export_, checkpoint, "--format", "compact", "--exact", "--out", tmp_path / "c.pt"],
+                  [*export_, onnx, "--format", "packed", "--out", tmp_path / "p"],
+                  [*export_, checkpoint, "--format", "onnx", "--out", tmp_path / "model.bin"]):
+        assert main(list(map(str, words))) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1, (words, said.err)
