@@ -17,6 +17,7 @@ from flashlm_helpers.files import atomic_write, one_line, require_writable
 from flashlm_helpers.hardware import choose_preset, has_bfloat16, usable_cores
 
 DEFAULT_HOURS = 2.0
+RUNTIMES = ("torch", "c", "onnx")
 TOKENS_PER_CORE_SECOND = 10_000  # more than a core trains on; decides how much text a timed run takes
 TOKENS_PER_STORY = 180
 SMALLEST_TAKE = 20_000
@@ -70,23 +71,29 @@ def make_parser() -> argparse.ArgumentParser:
         text.add_argument("--dataset", metavar="NAME", help=f"auto (default), builtin, {', '.join(HUB)}")
 
     evaluate = commands.add_parser("eval-bpc", help="bits per character of a model on a text, beside baselines")
-    evaluate.add_argument("--checkpoint", required=True, metavar="PATH", help="a .pt file or a run's folder")
     evaluate.add_argument("--text", required=True, metavar="FILE", help="stories, .txt, .jsonl or .parquet")
     evaluate.add_argument("--no-baselines", action="store_true", help="the model only")
 
     generate = commands.add_parser("generate", help="write a story")
-    generate.add_argument("--checkpoint", required=True, metavar="PATH", help="a .pt file or a run's folder")
     generate.add_argument("--prompt", default="Once upon a time", metavar="TEXT")
     generate.add_argument("--tokens", type=int, default=200, help="the most tokens to write (default 200)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     generate.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0: all)")
     generate.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens up to p (default 0.95)")
     generate.add_argument("--seed", type=int, default=0)
+    for command in (evaluate, generate):
+        command.add_argument("--checkpoint", required=True, metavar="PATH",
+                             help="a .pt file or a run's folder, or an exported model: packed or .onnx")
+        command.add_argument("--runtime", choices=RUNTIMES, help="what computes (default: torch for checkpoints, c for "
+                                                                 "packed models, onnx for .onnx)")
 
     export = commands.add_parser("export", help="write a model for use, small enough to hand around")
     export.add_argument("--checkpoint", required=True, metavar="PATH", help="a .pt file or a run's folder")
-    export.add_argument("--format", choices=["compact"], default="compact",
-                        help="compact: a checkpoint with ternary weights at 1.6 bits and the embedding as float16")
+    export.add_argument("--format", choices=["compact", "packed", "onnx"], default="compact",
+                        help="compact: a checkpoint with ternary weights at 1.6 bits and the embedding as float16; "
+                             "packed: for the C runtime, 1.6 bits and 8; onnx: 2 bits and 8")
+    export.add_argument("--exact", action="store_true",
+                        help="packed: the embedding as float32, not rounded; onnx: all of it")
     export.add_argument("--out", required=True, metavar="PATH", help="the file to write")
 
     info = commands.add_parser("info", help="parameters, ternary share, receptive field and size on disk")
@@ -222,21 +229,21 @@ def _save_dir(args, preset: str) -> Path:
 def run_eval_bpc(args) -> dict:
     """Score a text with a model, and with baselines that count or compress."""
     from flashlm_helpers.baselines import compressor_baselines, counting_baselines
-    from flashlm_helpers.checkpoint import load_checkpoint
     from flashlm_helpers.evaluation import evaluate
     from flashlm_helpers.tokens import tokenize
 
-    content = load_checkpoint(args.checkpoint)
-    vocabulary, source = content["vocabulary"], content["source"]
+    opened = _open(args)
+    vocabulary, source = opened.vocabulary, opened.source
     stories = [story for story in map(str.strip, read_stories(args.text)) if story]
     if not stories:
         raise FlashLMError(f"{args.text} holds no story: give a text file that is not empty")
-    report = evaluate(content["model"], vocabulary, stories)
+    report = evaluate(opened.model, vocabulary, stories)
     if not args.json:
         print(report)
         print(f"end symbols, reported apart: {report.end_nats_per_story:.4f} nats a story")
-    result = {"checkpoint": args.checkpoint, "text": args.text} | report.as_dict()
-    result["products"] = "bfloat16" if has_bfloat16() else "float32"
+    result = {"checkpoint": args.checkpoint, "text": args.text, "runtime": opened.runtime} | report.as_dict()
+    if opened.runtime == "torch":
+        result["products"] = "bfloat16" if has_bfloat16() else "float32"
     if args.no_baselines:
         return result
 
@@ -260,38 +267,69 @@ def run_eval_bpc(args) -> dict:
 
 def run_generate(args) -> dict:
     """Write one story."""
-    from flashlm_helpers.checkpoint import load_model
     from flashlm_helpers.generation import generate
 
-    model, vocabulary = load_model(args.checkpoint)
-    story = generate(model, vocabulary, args.prompt, tokens=args.tokens, temperature=args.temperature,
-                     top_k=args.top_k, top_p=args.top_p, seed=args.seed)[0]
+    opened = _open(args)
+    settings = {name: getattr(args, name) for name in ("tokens", "temperature", "top_k", "top_p", "seed")}
+    if opened.runtime == "c":
+        story = opened.model.generate(args.prompt, **settings)[0]
+    else:
+        story = generate(opened.model, opened.vocabulary, args.prompt, **settings)[0]
     if not args.json:
         print(story.text)
-    return asdict(story)
+    return asdict(story) | {"runtime": opened.runtime}
+
+
+def _open(args):
+    """The model that a command is about, by PyTorch if there is no C compiler."""
+    from flashlm_helpers.runtime import open_model
+    from flashlm_helpers.runtime.bolt import NoRuntime
+
+    try:
+        return open_model(args.checkpoint, args.runtime)
+    except NoRuntime as error:
+        notice(f"{error}; PyTorch computes instead")
+        return open_model(args.checkpoint, "torch")
 
 
 def run_export(args) -> dict:
     """Write a model for use."""
     from flashlm_helpers.checkpoint import load_checkpoint, save_compact
+    from flashlm_helpers.runtime import open_model
 
     if Path(args.out).exists():
         raise FlashLMError(f"{args.out} is there already: give the name of a new file, such as model.pt")
-    save_compact(args.out, load_checkpoint(args.checkpoint))
+    if args.format == "compact":
+        if args.exact:
+            raise FlashLMError("--exact is for packed and onnx: a compact checkpoint has its embedding as float16")
+        save_compact(args.out, load_checkpoint(args.checkpoint))
+    else:
+        if args.format == "onnx" and Path(args.out).suffix != ".onnx":
+            raise FlashLMError("an ONNX model is known by its name: give one that ends with .onnx")
+        opened = open_model(args.checkpoint, "torch")
+        if args.format == "packed":
+            from flashlm_helpers.runtime.packed import save_packed
+
+            save_packed(args.out, opened.model, opened.vocabulary, 32 if args.exact else 8)
+        else:
+            from flashlm_helpers.runtime.onnx import save_onnx
+
+            save_onnx(args.out, opened.model, opened.vocabulary, low_bit=not args.exact)
     size = Path(args.out).stat().st_size
     if not args.json:
         print(f"{args.out}: {size / 1e6:.2f} MB")
-    return {"checkpoint": args.checkpoint, "out": args.out, "bytes": size}
+    return {"checkpoint": args.checkpoint, "format": args.format, "out": args.out, "bytes": size}
 
 
 def run_info(args) -> dict:
     """Describe a preset or a checkpoint."""
     from flashlm_helpers.checkpoint import BEST, load_checkpoint
     from flashlm_helpers.model import count_parameters
+    from flashlm_helpers.runtime.packed import is_packed, load_packed
 
     if args.checkpoint:
         path = Path(args.checkpoint)
-        config = load_checkpoint(path)["model_config"]
+        config = (load_packed(path)[0].config if is_packed(path) else load_checkpoint(path)["model_config"])
         size = (path / BEST if path.is_dir() else path).stat().st_size
     else:
         config, size = PRESETS[args.preset or choose_preset()], None
@@ -331,6 +369,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
     except FlashLMError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: there is not enough memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
