@@ -20,6 +20,7 @@ story: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/training.py --preset v4-small $(ARGS)
 	$(BIN)/python benchmarks/training.py --preset v4-large --no-loss $(ARGS)
+	$(BIN)/python benchmarks/inference.py --preset v4-small
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks

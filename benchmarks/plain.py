@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashlm_helpers.config import ModelConfig, TrainConfig
+from flashlm_helpers.generation import sampling_distribution
 from flashlm_helpers.optimization import make_optimizer
 from flashlm_helpers.quantization import BitLinear
+from flashlm_helpers.vocab import BOS, EOS, Vocabulary
 
 BATCH = 2  # sequences a step
 
@@ -98,3 +100,19 @@ def plain_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]}
               for group in make_optimizer(model, config).param_groups]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+
+
+@torch.no_grad()
+def plain_generate(model: PlainFlashLM, vocabulary: Vocabulary, prompt: str, tokens: int, seed: int, temperature: float,
+                   top_k: int, top_p: float) -> int:
+    """Write a story by computing the whole window anew for each token; returns how many tokens were written."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.tensor([[BOS, *vocabulary.encode(prompt)]])
+    read = ids.shape[1]
+    while ids.shape[1] < read + tokens:
+        logits = model(ids[:, -model.config.sequence_length :])[:, -1]
+        chosen = torch.multinomial(sampling_distribution(logits, temperature, top_k, top_p), 1, generator=draw)
+        ids = torch.cat([ids, chosen], dim=1)
+        if int(chosen) == EOS:
+            break
+    return ids.shape[1] - read
