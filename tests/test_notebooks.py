@@ -12,8 +12,8 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 def test_the_series_is_complete():
     names = [path.stem for path in NOTEBOOKS]
-    assert names[:7] == ["00_quickstart", "01_vocabulary", "02_ternary_quantization", "03_boltblock", "04_training",
-                         "05_evaluation_bpc", "06_generation"]
+    assert names[:8] == ["00_quickstart", "01_vocabulary", "02_ternary_quantization", "03_boltblock", "04_training",
+                         "05_evaluation_bpc", "06_generation", "07_runtimes"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
