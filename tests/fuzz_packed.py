@@ -20,6 +20,35 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HEADER, ENCODING = 192, 203_600  # bytes of the header, and about those of GPT-2's encoding at the end
+# Opens a model, and writes and scores 1 text or 9 of 16 side by side.
+DRIVER = """
+#define BOLT_LIBRARY
+#include "SOURCE"
+int main(int count, char **words) {
+    char error[400];
+    int texts = atoi(words[4]), stories = texts == 1 ? 1 : 9, finished[9];
+    bolt_model *m = bolt_open(words[1], error, sizeof error);
+    if (!m) return fprintf(stderr, "error: %s\\n", error), count == 5 ? 2 : 3;
+    bolt_settings how = {.tokens = 4, .temperature = (float)atof(words[3]), .top_k = 50, .top_p = 0.9f, .seed = 0};
+    size_t size = strlen(words[2]);
+    uint16_t prompts[9 * 200], ids[9 * 4];
+    long lengths[9], counts[9];
+    float bits[9 * 4], nats[200];
+    for (int n = 0, at = 0; n < stories; at += lengths[n++]) {
+        prompts[at] = BOS;
+        lengths[n] = 1 + bolt_encode(m, (const uint8_t *)words[2], size - (size_t)n, prompts + at + 1);
+    }
+    bolt_state *s = bolt_start(m, texts), *one = bolt_start(m, 1);
+    if (s && one) {
+        bolt_generate(s, stories, prompts, lengths, &how, ids, bits, counts, finished, NULL, NULL);
+        bolt_score(one, prompts, lengths[0], nats);
+    }
+    bolt_end(one);
+    bolt_end(s);
+    bolt_close(m);
+    return 0;
+}
+"""
 INTERESTING = (0, 1, 2, 4, 15, 16, 127, 128, 242, 243, 254, 255)
 
 
@@ -52,9 +81,11 @@ def mutate(content: bytes, numbers: random.Random) -> bytes:
 
 
 def build(source: Path, program: Path) -> None:
-    """Build bolt.c so that it stops at the first wrong access."""
+    """Build bolt.c, with the driver, so that it stops at the first wrong access."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
-    subprocess.run([compiler, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", str(source),
+    driver = program.with_suffix(".c")
+    driver.write_text(DRIVER.replace("SOURCE", str(source)))
+    subprocess.run([compiler, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", str(driver),
                     "-o", str(program)], check=True)
 
 
@@ -66,7 +97,8 @@ def fuzz(program: Path, contents: list[bytes], files: int, seed: int = 0) -> Cou
         with tempfile.NamedTemporaryFile(suffix=".flashlm") as file:
             file.write(mutate(numbers.choice(contents), numbers))
             file.flush()
-            words = [program, file.name, "Once, you're \u3000 42 ! a\U0001f642", "-n", "4", "-t", numbers.choice("01")]
+            prompt = "\U0001f642 Once, you're \u3000 42 ! as a bird  now"
+            words = [program, file.name, prompt, numbers.choice("01"), numbers.choice(["1", "16"])]
             done = subprocess.run(words, capture_output=True, timeout=120,
                                   env=os.environ | {"ASAN_OPTIONS": "allocator_may_return_null=1",
                                                     "BOLT_KERNELS": numbers.choice(["portable", "avx2", "avx512"])})
