@@ -25,6 +25,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#pragma GCC diagnostic ignored "-Wpsabi"
 
 enum {
     PAD, UNK, BOS, EOS, SPECIALS,
