@@ -1,4 +1,4 @@
-"""FlashLM as an ONNX graph, for ONNX Runtime and whatever else reads the format.
+"""FlashLM as an ONNX graph: of standard operators as float32, with one of ONNX Runtime's own for weights of few bits.
 
 One graph reads any number of ids of any number of texts, with the states in and out: a step is a call with one id a
 text, and a whole story is one call from empty states.
