@@ -10,10 +10,10 @@ from torch import Tensor
 from flashlm_helpers.config import FlashLMError, check_seed
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.quantization import freeze_ternary
-from flashlm_helpers.vocab import BOS, EOS, PAD, SURROGATE, UNK, Vocabulary
+from flashlm_helpers.vocab import BOS, EOS, SURROGATE, Vocabulary
 
 MOST_TOKENS = 1_000_000  # of one story
-LIKELIEST = 256  # ids that top-p looks at first, since sorting all of them takes longer than the model
+LIKELIEST = 128  # ids that top-p looks at first, since sorting all of them takes longer than the model
 
 
 @dataclass
@@ -100,11 +100,13 @@ def stream(model: FlashLM, vocabulary: Vocabulary, prompts: Sequence[str], token
     logits = torch.cat([last for last, _ in begun])
     past = [torch.cat(states) for states in zip(*(states for _, states in begun), strict=True)]
     for _ in range(tokens):
-        logits[:, [PAD, UNK, BOS]] = -math.inf
+        logits[:, :EOS] = -math.inf  # PAD, UNK and BOS are never written
         log_p = logits.log_softmax(1)
         entropy = -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(1) / math.log(2)
         chances = sampling_distribution(logits, temperature, top_k, top_p)
-        chosen = torch.stack([torch.multinomial(p, 1, generator=g) for p, g in zip(chances, draws, strict=True)])
+        points = torch.cat([torch.rand(1, 1, generator=draw) for draw in draws])
+        up_to = chances.cumsum(1)
+        chosen = torch.searchsorted(up_to, points * up_to[:, -1:], right=True)
         for row, story in enumerate(stories):
             token = int(chosen[row])
             if token == EOS:

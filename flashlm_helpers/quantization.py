@@ -103,11 +103,12 @@ def freeze_ternary(model: nn.Module) -> nn.Module:
 
     The outputs are the same to the last bit; the rounding is done once instead of at every call.
     """
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    layers = [layer for layer in model.modules() if isinstance(layer, BitLinear)]
+    frozen = copy.deepcopy(model, {id(layer.weight): layer.weight for layer in layers})  # no copy of what is replaced
     for parent in list(frozen.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, BitLinear):
                 linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
                 linear.weight = nn.Parameter(layer.effective_weight, requires_grad=False)
                 setattr(parent, name, linear)
-    return frozen
+    return frozen.eval().requires_grad_(False)
