@@ -43,6 +43,8 @@ enum {
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef int16_t svec __attribute__((vector_size(4 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 typedef struct {
     int rows, cols, groups, tiles;
@@ -58,6 +60,16 @@ typedef struct {
 } block;
 
 typedef struct kernels kernels;
+
+typedef struct { float p; int id; } candidate;
+
+typedef struct {
+    int tokens;             /* the most to write */
+    float temperature;      /* 0: greedy */
+    int top_k;              /* 0: all */
+    float top_p;            /* 1: all */
+    uint64_t seed;
+} bolt_settings;
 
 typedef struct {
     const uint8_t *file;
@@ -81,7 +93,7 @@ typedef struct {
 typedef struct {
     const bolt_model *model;
     int texts;          /* 1 or LANES */
-    long position;
+    long position, start[LANES];  /* of all texts, and where each began */
     float *memory, *scratch;
 } bolt_state;
 
@@ -195,7 +207,11 @@ INLINE void look_up_wide(const ternary *layer, const vec *x, vec *tables, vec *y
             vec *rows = y + tile * LANES, sum[LANES];
             for (int lane = 0; lane < LANES; lane++) sum[lane] = from ? rows[lane] : (vec){0};
             for (const vec *table = tables; table < tables + count * TABLE; table += TABLE, code += LANES)
-                for (int lane = 0; lane < LANES; lane++) sum[lane] += table[code[lane]];
+                for (int half = 0; half < LANES; half += 8) {  /* one load for eight codes: loading is what takes the time */
+                    uint64_t codes;
+                    memcpy(&codes, code + half, 8);
+                    for (int lane = 0; lane < 8; lane++, codes >>= 8) sum[half + lane] += table[codes & 255];
+                }
             for (int lane = 0; lane < LANES; lane++) rows[lane] = sum[lane];
         }
     }
@@ -210,20 +226,6 @@ INLINE void apply(const ternary *layer, const float *x, float *tables, float *y,
     }
     for (int i = 0; i < layer->rows * S; i += LANES)
         store(y + i, load(y + i) * layer->scale[i >= layer->rows / 2 * S]);
-}
-
-/* The sum of exp((x - top) * factor), top the largest; `powers` (may be NULL): of what. */
-INLINE float sum_powers_body(const float *x, int count, float factor, float *powers, float *top) {
-    vec tops = load(x), sum = {0};
-    for (int i = LANES; i < count; i += LANES) tops = choose_lanes(load(x + i) > tops, load(x + i), tops);
-    *top = tops[0];
-    for (int lane = 1; lane < LANES; lane++) *top = tops[lane] > *top ? tops[lane] : *top;
-    for (int i = 0; i < count; i += LANES) {
-        vec power = exponential((load(x + i) - *top) * factor);
-        if (powers) store(powers + i, power);
-        sum += power;
-    }
-    return sum_of(sum);
 }
 
 INLINE void rms_norm(const float *x, const float *weight, int count, float eps, float *out, const int S) {
@@ -257,11 +259,13 @@ INLINE void convolve(const float *taps, int kernel, int channels, long position,
 
 /* Query, key and value (3D) to what the heads attend to (D) over the last `window` tokens. Keys are kept as (D, slots),
  * values as (slots, D). No largest score is subtracted: normalized queries and keys cannot have large ones. */
-INLINE void attend(const bolt_model *m, float *qkv, long position, float *keys, float *chances, float *out, const int S) {
-    int D = m->width, d = D / m->heads, window = m->window, slot = (int)(position % window);
-    int seen = position < window ? (int)position + 1 : window;
-    float *values = keys + (size_t)D * m->slots * S, *distance = chances + m->slots * S;
-    for (int r = 0; r < m->slots; r++) distance[r] = r < seen ? (float)(slot - r + (r > slot ? window : 0)) : 1e30f;
+INLINE void attend(const bolt_model *m, float *qkv, const bolt_state *state, float *keys, float *chances, float *out,
+                   const int S) {
+    int D = m->width, d = D / m->heads, window = m->window, slot = (int)(state->position % window);
+    int used = state->position < window ? (int)state->position + 1 : window;
+    float *values = keys + (size_t)D * m->slots * S, *distance = chances + m->slots * S, age[LANES];
+    for (int r = 0; r < m->slots; r++) distance[r] = r < window ? (float)(slot - r + (r > slot ? window : 0)) : 1e30f;
+    for (int t = 0; t < LANES; t++) age[t] = (float)(state->position - state->start[S == 1 ? 0 : t]);
     for (int h = 0; h < 2 * m->heads; h++) rms_norm(qkv + h * d * S, NULL, d, 1.1920929e-7f, qkv + h * d * S, S);
     for (int i = 0; i < D * S; i++) keys[((size_t)(i / S) * m->slots + slot) * S + i % S] = qkv[D * S + i];
     memcpy(values + (size_t)slot * D * S, qkv + 2 * D * S, 4 * (size_t)(D * S));
@@ -269,18 +273,19 @@ INLINE void attend(const bolt_model *m, float *qkv, long position, float *keys, 
     for (int h = 0; h < m->heads; h++) {
         float slope = exponential(SPLAT(-0.69314718f * (m->heads > 1 ? 1 + 7.0f * h / (m->heads - 1) : 1)))[0];
         vec total = {0};
-        for (int i = 0; i < seen * S; i += LANES) {
+        for (int i = 0; i < used * S; i += LANES) {
             vec score = {0};
             for (int k = h * d; k < (h + 1) * d; k++)
                 score += load(keys + (size_t)k * m->slots * S + i) * per_text(qkv, k, S);
-            vec chance = exponential(score * shrink - per_channel(distance, i, S) * slope);
+            vec far = per_channel(distance, i, S), chance = exponential(score * shrink - far * slope);
+            chance = choose_lanes(far <= load(age), chance, (vec){0});  /* not of what was before the text */
             store(chances + i, chance);
             total += chance;
         }
         if (S == 1) total = SPLAT(sum_of(total));
         for (int i = h * d * S; i < (h + 1) * d * S; i += LANES) {
             vec sum = {0};
-            for (int r = 0; r < seen; r++) sum += load(values + (size_t)r * D * S + i) * per_text(chances, r, S);
+            for (int r = 0; r < used; r++) sum += load(values + (size_t)r * D * S + i) * per_text(chances, r, S);
             store(out + i, sum / total);
         }
     }
@@ -291,35 +296,52 @@ INLINE void add(float *x, const float *y, const float *layer_scale, int count, c
         store(x + i, load(x + i) + (layer_scale ? load(y + i) * per_channel(layer_scale, i, S) : load(y + i)));
 }
 
-/* Of the LANES ids from v on, channel d + k of the embedding without its scales; d is a multiple of 4, and k below it. */
-INLINE vec embedded(const bolt_model *m, int v, int d, const int k, const int bits) {
-    size_t at = (size_t)v * m->width + d * LANES;
-    if (bits == 32) return load(m->embedding32 + at + k * LANES);
-    ivec four;  /* of each id, as the bytes of an integer */
-    memcpy(&four, m->embedding8 + at, sizeof four);
-    return __builtin_convertvector(four << (24 - 8 * k) >> 24, vec);
+/* The logits of each text, one row after another, from an embedding of floats. */
+INLINE void head32(const bolt_model *m, const float *x, float *logits, const int S) {
+    for (int v = 0; v < m->row; v += LANES) {
+        const float *weights = m->embedding32 + (size_t)v * m->width;
+        vec sum[LANES] = {{0}};  /* of each text; or of a part of one text, as each addition waits for the one before it */
+        for (int d = 0; d < m->width; d += 8)
+            for (int k = 0; k < 8; k++)
+                for (int s = 0; s < S; s++)
+                    sum[S == 1 ? k : s] += load(weights + (d + k) * LANES) * x[(d + k) * S + s];
+        for (int k = 1; k < 8 && S == 1; k++) sum[0] += sum[k];
+        for (int s = 0; s < S; s++) store(logits + (size_t)s * m->row + v, sum[s]);
+    }
 }
 
-/* The logits of each text, one row after another. */
-INLINE void head(const bolt_model *m, const float *x, float *logits, float *weights, const int S, const int bits) {
-    for (int v = 0; v < m->row; v += LANES) {
-        vec sum[LANES] = {{0}};
-        if (S == 1) {  /* several sums, because each addition waits for the one before it */
-            for (int d = 0; d < m->width; d += 8)
-                for (int k = 0; k < 8; k++) sum[k] += embedded(m, v, d + (k & 4), k & 3, bits) * x[d + k];
-            for (int k = 1; k < 8; k++) sum[0] += sum[k];
-            store(logits + v, sum[0] * load(m->scales + v));
-            continue;
+typedef void add_products(ivec *sums, const svec *weights, const int32_t *pair);
+
+/* From an embedding of 8 bits: the inputs get 16 or, if their sums did not fit 32 bits, fewer; the rest is exact. Pairs are
+ * of every second input, as they are found in the integers that hold the weights of four. */
+INLINE void head8(const bolt_model *m, const float *x, float *logits, int32_t *pairs, add_products *add, const int S) {
+    const int D = m->width;
+    const float limit = D > 512 ? (float)(0x7FFFFFFF / 128 / D) : 32767;
+    float unit[LANES];
+    for (int s = 0; s < S; s++) {
+        float top = 1e-30f;
+        for (int i = s; i < D * S; i += S) top = x[i] > top ? x[i] : -x[i] > top ? -x[i] : top;
+        unit[s] = top / limit;
+        for (int d = 0; d < D; d++) {
+            float y = x[d * S + s] * (limit / top);
+            y = y < limit ? y > -limit ? y : -limit : limit;  /* whatever a damaged model gives */
+            int16_t whole = (int16_t)(y + (y < 0 ? -0.5f : 0.5f));
+            memcpy((char *)(pairs + (d / 4 * 2 + d % 2) * S + s) + d % 4 / 2 * 2, &whole, 2);
         }
-        for (int d = 0; d < m->width; d += 4)
-            for (int k = 0; k < 4; k++) store(weights + (d + k) * LANES, embedded(m, v, d, k, bits));
-        for (int d = 0; d < m->width; d++)
-            for (int r = 0; r < LANES; r++) sum[r] += load(x + d * LANES) * weights[d * LANES + r];
-        for (int r = 0; r < LANES; r++)
-            for (int s = 0; s < S; s++) logits[s * m->row + v + r] = sum[r][s] * m->scales[v + r];
     }
-    for (int s = 0; s < S; s++)
-        for (int v = m->vocabulary; v < m->row; v++) logits[s * m->row + v] = LOWEST;
+    for (int v = 0; v < m->row; v += LANES) {
+        ivec sum[LANES] = {{0}};
+        for (int n = 0; n < D / 2; n += S == 1 ? 4 : 1)
+            for (int k = 0; k < (S == 1 ? 4 : 1); k++) {
+                svec four;
+                memcpy(&four, m->embedding8 + (size_t)v * D + (n + k) / 2 * 4 * LANES, sizeof four);
+                four = four << ((n + k) % 2 ? 0 : 8) >> 8;
+                for (int s = 0; s < S; s++) add(&sum[S == 1 ? k : s], &four, &pairs[(n + k) * S + s]);
+            }
+        for (int k = 1; k < 4 && S == 1; k++) sum[0] += sum[k];
+        for (int s = 0; s < S; s++)
+            store(logits + (size_t)s * m->row + v, __builtin_convertvector(sum[s], vec) * (load(m->scales + v) * unit[s]));
+    }
 }
 
 /* Floats of a state's scratch: x, normed, y, mixed, chances with distances, tables. */
@@ -331,7 +353,7 @@ static size_t scratch_floats(const bolt_model *m, size_t S, size_t part[6]) {
     return total;
 }
 
-INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, look_up *look, const int S) {
+INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, look_up *look, add_products *add_pairs, const int S) {
     const bolt_model *m = s->model;
     int D = m->width, H = m->hidden;
     size_t part[6];
@@ -351,7 +373,7 @@ INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, look_up
         apply(&b->in, normed, tables, y, look, S);
         if (b->attention) {
             convolve(b->taps, m->kernel, 3 * D, s->position, past, y, mixed, S);
-            attend(m, mixed, s->position, past + (size_t)(m->kernel - 1) * 3 * D * S, chances, normed, S);
+            attend(m, mixed, s, past + (size_t)(m->kernel - 1) * 3 * D * S, chances, normed, S);
             multiply_by_sigmoid(normed, y + 3 * D * S, D * S, normed);
         } else {
             convolve(b->taps, m->kernel, D, s->position, past, y + D * S, normed, S);
@@ -370,38 +392,171 @@ INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, look_up
     s->position++;
     if (!logits) return;
     rms_norm(x, m->norm, D, 1e-6f, normed, S);
-    if (m->bits == 8) head(m, normed, logits, y, S, 8);
-    else head(m, normed, logits, y, S, 32);
+    if (m->bits == 8) head8(m, normed, logits, (int32_t *)y, add_pairs, S);
+    else head32(m, normed, logits, S);
+    for (int t = 0; t < S; t++)
+        for (int v = m->vocabulary; v < m->row; v++) logits[(size_t)t * m->row + v] = LOWEST;
+}
+
+/* ---- one row of logits ---- */
+
+INLINE float largest(const float *x, int count) {
+    vec tops[4] = {load(x), load(x), load(x), load(x)};  /* several, because each comparison waits for the one before it */
+    for (int i = 0; i < count; i += 4 * LANES)
+        for (int k = 0; k < 4; k++) {
+            vec v = load(x + (i + k * LANES < count ? i + k * LANES : count - LANES));
+            tops[k] = choose_lanes(v > tops[k], v, tops[k]);
+        }
+    float top = x[0];
+    for (int n = 0; n < 4 * LANES; n++) top = tops[n / LANES][n % LANES] > top ? tops[n / LANES][n % LANES] : top;
+    return top;
+}
+
+/* The sum of exp((x - top) * factor); `powers` (may be NULL): of what. */
+INLINE float sum_powers(const float *x, int count, float top, float factor, float *powers) {
+    vec sum = {0};
+    for (int i = 0; i < count; i += LANES) {
+        vec power = exponential((load(x + i) - top) * factor);
+        if (powers) store(powers + i, power);
+        sum += power;
+    }
+    return sum_of(sum);
+}
+
+/* -ln p of an id. */
+INLINE float nats_body(const bolt_model *m, const float *logits, float top, int id) {
+    return (float)(logarithm(sum_powers(logits, m->row, top, 1, NULL)) - (logits[id] - top));
+}
+
+static double draw(uint64_t *seed) {  /* splitmix64, from 0 to below 1 */
+    uint64_t z = *seed += 0x9E3779B97F4A7C15ull;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+    return (double)((z ^ z >> 31) >> 11) / 9007199254740992.0;
+}
+
+static float mass_of(const candidate *all, int count) {
+    float mass = 0;
+    for (int n = 0; n < count; n++) mass += all[n].p;
+    return mass;
+}
+
+static void swap(candidate *a, candidate *b) {
+    candidate c = *a;
+    *a = *b, *b = c;
+}
+
+/* Move to the front the fewest of the likeliest whose chances reach `mass`, or `number` of them; returns how many. */
+static int keep_likeliest(candidate *all, int count, int number, float mass) {
+    int from = 0, to = count;
+    float kept = 0;
+    while (from < to && from < number && kept < mass) {
+        float pivot = all[from + (to - from) / 2].p, above = 0;
+        int greater = from, equal;
+        for (int n = from; n < to; n++)
+            if (all[n].p > pivot) above += all[n].p, swap(&all[n], &all[greater++]);
+        if (greater > number || kept + above >= mass) {
+            to = greater;  /* enough without the pivot */
+            continue;
+        }
+        from = equal = greater, kept += above;
+        for (int n = from; n < to; n++)
+            if (all[n].p == pivot) swap(&all[n], &all[equal++]);
+        while (from < equal && from < number && kept < mass) kept += all[from++].p;
+    }
+    return from < to ? from : to;
+}
+
+/* The ids from EOS on whose powers are at least `floor`; returns how many. */
+INLINE int collect(const float *powers, int count, float floor, candidate *found) {
+    int number = 0;
+    for (int i = 0; i < count; i += LANES) {
+        bytes any = __builtin_convertvector(load(powers + i) >= floor, bytes);
+        uint64_t halves[2];
+        memcpy(halves, &any, sizeof halves);
+        if (!(halves[0] | halves[1])) continue;
+        for (int v = i; v < i + LANES; v++) {
+            found[number] = (candidate){powers[v], v};
+            number += powers[v] >= floor && v >= EOS;
+        }
+    }
+    return number;
+}
+
+/* Choose an id: by temperature, then top-k, then top-p; nats: -ln p of it, before all these. powers, found: room for a row
+ * of logits, and of candidates one more. */
+INLINE int choose_body(const bolt_model *m, float *logits, const bolt_settings *how, uint64_t *seed, float *powers,
+                       candidate *found, float *nats) {
+    logits[PAD] = logits[UNK] = logits[BOS] = LOWEST;  /* never written */
+    int V = m->vocabulary, best = EOS, count = 0, limit = how->top_k > 0 && how->top_k < V ? how->top_k : V;
+    float top = largest(logits, m->row);
+    if (how->temperature < 1e-6f) {
+        while (best < V - 1 && logits[best] != top) best++;
+        *nats = nats_body(m, logits, top, best);
+        return best;
+    }
+    float total = sum_powers(logits, m->row, top, 1 / how->temperature, powers);
+    for (float floor = 1e-3f; floor > 1e-36f; floor *= 1e-3f) {  /* look at no more of the unlikely ones than needed */
+        count = collect(powers, m->row, floor, found);
+        if (count >= limit || (limit == V && mass_of(found, count) >= how->top_p * total)) break;
+    }
+    if (limit < V) {
+        count = keep_likeliest(found, count, limit, 3e38f);
+        total = mass_of(found, count);
+    }
+    if (how->top_p < 1) count = keep_likeliest(found, count, V, how->top_p * total > 0 ? how->top_p * total : 1e-30f);
+    double point = draw(seed) * mass_of(found, count);
+    for (int n = 0; n < count; n++) {
+        best = found[n].id;
+        if ((point -= found[n].p) < 0) break;
+    }
+    *nats = nats_body(m, logits, top, best);
+    return best;
 }
 
 struct kernels {
     const char *name;
     void (*step)(bolt_state *, const uint16_t *, float *);
-    float (*sum_powers)(const float *, int, float, float *, float *);
+    int (*choose)(const bolt_model *, float *, const bolt_settings *, uint64_t *, float *, candidate *, float *);
+    float (*nats)(const bolt_model *, const float *, int);
 };
 
-#define INSTANCE(NAME, TARGET, LOOK_UP)                                                                                \
+#define INSTANCE(NAME, TARGET)                                                                                         \
     TARGET static void step_##NAME(bolt_state *s, const uint16_t *ids, float *logits) {                                \
-        if (s->texts == 1) step_body(s, ids, logits, LOOK_UP, 1);                                                      \
-        else step_body(s, ids, logits, NULL, LANES);                                                                   \
+        if (s->texts == 1) step_body(s, ids, logits, look_up_##NAME, add_products_##NAME, 1);                          \
+        else step_body(s, ids, logits, NULL, add_products_##NAME, LANES);                                              \
     }                                                                                                                  \
-    TARGET static float sum_powers_##NAME(const float *x, int n, float f, float *powers, float *top) {                 \
-        return sum_powers_body(x, n, f, powers, top);                                                                  \
+    TARGET static int choose_##NAME(const bolt_model *m, float *logits, const bolt_settings *how, uint64_t *seed,      \
+                                    float *powers, candidate *found, float *nats) {                                    \
+        return choose_body(m, logits, how, seed, powers, found, nats);                                                 \
     }                                                                                                                  \
-    static const kernels NAME = {#NAME, step_##NAME, sum_powers_##NAME};
+    TARGET static float nats_##NAME(const bolt_model *m, const float *logits, int id) {                                \
+        return nats_body(m, logits, largest(logits, m->row), id);                                                      \
+    }                                                                                                                  \
+    static const kernels NAME = {#NAME, step_##NAME, choose_##NAME, nats_##NAME};
 
 /* Functions of their own, so that their machine code can be looked at. */
 #define APART __attribute__((noinline))
 
 APART static void look_up_portable(const ternary *layer, const float *tables, float *y) { look_up_body(layer, tables, y); }
-INSTANCE(portable, , look_up_portable)
+static inline void add_products_portable(ivec *sums, const svec *weights, const int32_t *pair) {
+    *sums += ((ivec)*weights << 16 >> 16) * (int16_t)*pair + ((ivec)*weights >> 16) * (*pair >> 16);
+}
+
+INSTANCE(portable, )
 
 #if defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 
 AVX2 APART static void look_up_avx2(const ternary *layer, const float *tables, float *y) { look_up_body(layer, tables, y); }
-INSTANCE(avx2, AVX2, look_up_avx2)
+AVX2 static inline void add_products_avx2(ivec *sums, const svec *weights, const int32_t *pair) {
+    __m256i *sum = (__m256i *)sums, *weight = (__m256i *)weights, both = _mm256_set1_epi32(*pair);
+    for (int half = 0; half < 2; half++)
+        sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(weight[half], both));
+}
+
+INSTANCE(avx2, AVX2)
 
 /* A table fits two registers, and one instruction looks 16 rows up. Four tiles at a time hide the latency of adding. */
 AVX512 APART static void look_up_avx512(const ternary *layer, const float *tables, float *y) {
@@ -420,7 +575,11 @@ AVX512 APART static void look_up_avx512(const ternary *layer, const float *table
         for (int k = 0; k < TILES; k++) _mm512_storeu_ps(y + k * LANES, sum[k]);
     }
 }
-INSTANCE(avx512, AVX512, look_up_avx512)
+AVX512 static inline void add_products_avx512(ivec *sums, const svec *weights, const int32_t *pair) {
+    *sums += (ivec)_mm512_madd_epi16((__m512i)*weights, _mm512_set1_epi32(*pair));
+}
+
+INSTANCE(avx512, AVX512)
 #endif
 
 static const kernels *choose_kernels(void) {
@@ -709,6 +868,12 @@ bolt_state *bolt_start(const bolt_model *m, int texts) {
     return NULL;
 }
 
+/* Forget what a text has read. */
+void bolt_restart(bolt_state *s, int text) {
+    s->start[text] = s->position;
+    for (size_t n = 0; n < s->model->state_floats; n++) s->memory[n * s->texts + text] = 0;
+}
+
 /* Floats between the logits of one text and of the next. */
 int bolt_row(const bolt_model *m) { return m->row; }
 
@@ -848,133 +1013,52 @@ int bolt_token(const bolt_model *m, int id, uint8_t *text) {
 
 /* ---- scoring and sampling ---- */
 
-typedef struct {
-    int tokens;             /* the most to write */
-    float temperature;      /* 0: greedy */
-    int top_k;              /* 0: all */
-    float top_p;            /* 1: all */
-    uint64_t seed;
-} bolt_settings;
-
-typedef struct { float p; int id; } candidate;
-
-static void swap(candidate *a, candidate *b) {
-    candidate c = *a;
-    *a = *b, *b = c;
-}
-
-static double draw(uint64_t *seed) {  /* splitmix64, from 0 to below 1 */
-    uint64_t z = *seed += 0x9E3779B97F4A7C15ull;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBull;
-    return (double)((z ^ z >> 31) >> 11) / 9007199254740992.0;
-}
-
-static float nats_of(const bolt_model *m, const float *logits, int id) {  /* -ln p */
-    float top, total = m->run->sum_powers(logits, m->row, 1, NULL, &top);
-    return (float)(logarithm(total) - (logits[id] - top));
-}
-
-static float mass_of(const candidate *all, int count) {
-    float mass = 0;
-    for (int n = 0; n < count; n++) mass += all[n].p;
-    return mass;
-}
-
-/* Move to the front the fewest of the likeliest whose chances reach `mass`, or `number` of them; returns how many. */
-static int keep_likeliest(candidate *all, int count, int number, float mass) {
-    int from = 0, to = count;
-    float kept = 0;
-    while (from < to && from < number && kept < mass) {
-        float pivot = all[from + (to - from) / 2].p, above = 0;
-        int greater = from, equal;
-        for (int n = from; n < to; n++)
-            if (all[n].p > pivot) above += all[n].p, swap(&all[n], &all[greater++]);
-        if (greater > number || kept + above >= mass) {
-            to = greater;  /* enough without the pivot */
-            continue;
-        }
-        from = equal = greater, kept += above;
-        for (int n = from; n < to; n++)
-            if (all[n].p == pivot) swap(&all[n], &all[equal++]);
-        while (from < equal && from < number && kept < mass) kept += all[from++].p;
-    }
-    return from < to ? from : to;
-}
-
-/* Choose an id: by temperature, then top-k, then top-p. p, rank: room for a row of logits. */
-static int choose(const bolt_model *m, const float *logits, const bolt_settings *how, uint64_t *seed, float *p,
-                  candidate *rank) {
-    int V = m->vocabulary, best = EOS, count = 0, limit = how->top_k > 0 && how->top_k < V ? how->top_k : V;
-    if (how->temperature < 1e-6f) {
-        for (int v = EOS; v < V; v++)
-            if (logits[v] > logits[best]) best = v;
-        return best;
-    }
-    float top, total = m->run->sum_powers(logits, m->row, 1 / how->temperature, p, &top);
-    for (float floor = 1e-3f; floor > 1e-36f; floor *= 1e-3f) {  /* look at no more of the unlikely ones than needed */
-        count = 0;
-        for (int v = EOS; v < V; v++) {
-            rank[count] = (candidate){p[v], v};
-            count += p[v] >= floor;
-        }
-        if (count >= limit || (limit == V && mass_of(rank, count) >= how->top_p * total)) break;
-    }
-    if (limit < V) {
-        count = keep_likeliest(rank, count, limit, 3e38f);
-        total = mass_of(rank, count);
-    }
-    if (how->top_p < 1) count = keep_likeliest(rank, count, V, how->top_p * total > 0 ? how->top_p * total : 1e-30f);
-    double point = draw(seed) * mass_of(rank, count);
-    for (int n = 0; n < count; n++) {
-        best = rank[n].id;
-        if ((point -= rank[n].p) < 0) break;
-    }
-    return best;
-}
-
 typedef int bolt_listener(void *context, int story, int id);
 
-/* Write on after `stories` prompts (BOS first; one behind the other, `lengths` of them), as many as the state has texts
- * or fewer, each up to EOS or the most tokens; story n draws with seed + n. ids: room for how->tokens a story; bits: as
- * much, the surprise of each id; counts: how many ids were written; finished: whether the model ended the story itself;
- * listener: told of each id, may be NULL, ends its story by returning something else than 0. Returns -1 without memory. */
+/* Write on after `stories` prompts (BOS first; one behind the other, `lengths` of them), each up to EOS or the most tokens,
+ * as many at once as the state has texts; story n draws with seed + n. ids: room for how->tokens a story; bits: as much, the
+ * surprise of each id; counts: how many ids were written; finished: whether the model ended the story itself; listener: told
+ * of each id, may be NULL, ends its story by returning something else than 0. Returns -1 without memory. */
 int bolt_generate(bolt_state *s, int stories, const uint16_t *prompts, const long *lengths, const bolt_settings *how,
                   uint16_t *ids, float *bits, long *counts, int *finished, bolt_listener *listener, void *context) {
     const bolt_model *m = s->model;
-    float *logits = malloc(4 * (size_t)m->row * (s->texts + 1)), *room = logits + (size_t)m->row * s->texts;
-    candidate *rank = malloc(sizeof(candidate) * (size_t)m->row);
+    float *logits = malloc(4 * (size_t)m->row * (s->texts + 1)), *powers = logits + (size_t)m->row * s->texts;
+    candidate *found = malloc(sizeof(candidate) * (size_t)(m->row + 1));
     const uint16_t *prompt[LANES];
     uint16_t next[LANES] = {0};
     uint64_t seed[LANES];
-    int busy[LANES], left = logits && rank ? stories : 0, good = left == stories;
-    for (int n = 0; n < stories; prompts += lengths[n++]) {
-        prompt[n] = prompts, seed[n] = how->seed + n;
-        busy[n] = 1, finished[n] = 0, counts[n] = 0;
-    }
-    for (long at = 0; left; at++) {
+    long read[LANES];
+    int story[LANES], begun = 0, ended = 0, good = logits && found;
+    for (int t = 0; t < LANES; t++) story[t] = -1;
+    while (good && ended < stories) {
         int wanted = 0;
-        for (int n = 0; n < stories; n++) {
-            if (at < lengths[n]) next[n] = prompt[n][at];
-            wanted |= busy[n] && at + 1 >= lengths[n];
+        for (int t = 0; t < s->texts; t++) {
+            if (story[t] < 0 && begun < stories) {
+                bolt_restart(s, t);
+                prompt[t] = prompts, seed[t] = how->seed + begun, read[t] = 0;
+                counts[begun] = 0, prompts += lengths[begun];
+                story[t] = begun++;
+            }
+            if (story[t] < 0) continue;
+            if (read[t] < lengths[story[t]]) next[t] = prompt[t][read[t]];
+            wanted |= ++read[t] >= lengths[story[t]];
         }
         bolt_step(s, next, wanted ? logits : NULL);
-        for (int n = 0; n < stories; n++) {
-            if (!busy[n] || at + 1 < lengths[n]) continue;
-            float *row = logits + (size_t)n * m->row;
-            row[PAD] = row[UNK] = row[BOS] = LOWEST;  /* never written */
-            int id = choose(m, row, how, &seed[n], room, rank);
+        for (int t = 0; t < s->texts; t++) {
+            int n = story[t];
+            if (n < 0 || read[t] < lengths[n]) continue;
+            float nats;
+            int id = m->run->choose(m, logits + (size_t)t * m->row, how, &seed[t], powers, found, &nats);
             if (!(finished[n] = id == EOS)) {
                 size_t place = (size_t)n * how->tokens + counts[n]++;
-                bits[place] = nats_of(m, row, id) * 1.44269504f;
-                ids[place] = next[n] = (uint16_t)id;
+                bits[place] = nats * 1.44269504f;
+                ids[place] = next[t] = (uint16_t)id;
             }
-            busy[n] = !finished[n] && !(listener && listener(context, n, id)) && counts[n] < how->tokens;
-            left -= !busy[n];
+            if (finished[n] || (listener && listener(context, n, id)) || counts[n] == how->tokens) story[t] = -1, ended++;
         }
     }
     free(logits);
-    free(rank);
+    free(found);
     return good ? 0 : -1;
 }
 
@@ -984,7 +1068,7 @@ int bolt_score(bolt_state *s, const uint16_t *ids, long length, float *nats) {
     float *logits = malloc(4 * (size_t)m->row);
     for (long n = 0; logits && n + 1 < length; n++) {
         bolt_step(s, ids + n, logits);
-        nats[n] = nats_of(m, logits, ids[n + 1]);
+        nats[n] = m->run->nats(m, logits, ids[n + 1]);
     }
     free(logits);
     return logits ? 0 : -1;

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -27,7 +28,7 @@ SOURCE = Path(__file__).with_name("bolt.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-shared", "-fPIC", "-DBOLT_LIBRARY")
 LONGEST_TOKEN = 1024  # bytes, as bolt.c has it
-WORTHWHILE = 8  # stories from which on LANES side by side are faster than one after another
+WORTHWHILE = 10  # stories from which on LANES side by side are faster than one after another
 
 
 class NoRuntime(FlashLMError):
@@ -195,6 +196,8 @@ class Bolt:
     @staticmethod
     def _in_threads(do: Callable, things: Sequence) -> list:
         """Each thing done, in order, as many at once as there are cores; C does not hold Python up."""
+        if len(things) == 1:  # starting a thread takes longer than ten tokens
+            return [do(things[0])]
         with ThreadPoolExecutor(usable_cores()) as pool:
             return list(pool.map(do, things))
 
@@ -208,18 +211,17 @@ class Bolt:
         """
         stories = [Story(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         check_request([story.prompt for story in stories], tokens, temperature, top_k, top_p, seed)
-        texts = LANES if len(stories) >= WORTHWHILE else 1
-        starts = range(0, len(stories), texts)
+        share = math.ceil(len(stories) / usable_cores())
 
         def write(start: int) -> None:
-            self._write(stories[start : start + texts], start, texts, listener,
+            self._write(stories[start : start + share], start, listener,
                         _Settings(tokens, temperature, min(top_k, self.vocabulary_size), top_p, seed + start))
 
-        self._in_threads(write, starts)
+        self._in_threads(write, range(0, len(stories), share))
         return stories
 
-    def _write(self, stories: list[Story], start: int, texts: int, listener, settings: _Settings) -> None:
-        """Write the stories that one state holds; `start` is the number of the first."""
+    def _write(self, stories: list[Story], start: int, listener, settings: _Settings) -> None:
+        """Write what one thread writes; `start` is the number of the first story."""
         read = [self._ids([BOS, *self.encode(story.prompt)]) for story in stories]
         lengths = np.array([len(ids) for ids in read], ctypes.c_long)
         counts, finished = np.zeros(len(stories), ctypes.c_long), np.zeros(len(stories), ctypes.c_int)
@@ -234,7 +236,7 @@ class Bolt:
                 raised.append(error)
             return len(raised)
 
-        with self._state(texts) as state:
+        with self._state(LANES if len(stories) >= WORTHWHILE else 1) as state:
             failed = self._bolt.bolt_generate(state, len(stories), np.concatenate(read), lengths, settings, ids, bits,
                                               counts, finished, tell if listener else _Listener(), None)
         if raised:
