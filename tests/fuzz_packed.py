@@ -20,20 +20,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HEADER, ENCODING = 192, 203_600  # bytes of the header, and about those of GPT-2's encoding at the end
-# Opens a model, and writes and scores 1 text or 9 of 16 side by side.
+# Opens a model, and scores a text, and writes 2 stories one by one or 20 in 16 places.
 DRIVER = """
 #define BOLT_LIBRARY
 #include "SOURCE"
 int main(int count, char **words) {
     char error[400];
-    int texts = atoi(words[4]), stories = texts == 1 ? 1 : 9, finished[9];
+    int texts = atoi(words[4]), stories = texts == 1 ? 2 : 20, finished[20];
     bolt_model *m = bolt_open(words[1], error, sizeof error);
     if (!m) return fprintf(stderr, "error: %s\\n", error), count == 5 ? 2 : 3;
     bolt_settings how = {.tokens = 4, .temperature = (float)atof(words[3]), .top_k = 50, .top_p = 0.9f, .seed = 0};
     size_t size = strlen(words[2]);
-    uint16_t prompts[9 * 200], ids[9 * 4];
-    long lengths[9], counts[9];
-    float bits[9 * 4], nats[200];
+    uint16_t prompts[20 * 200], ids[20 * 4];
+    long lengths[20], counts[20];
+    float bits[20 * 4], nats[200];
     for (int n = 0, at = 0; n < stories; at += lengths[n++]) {
         prompts[at] = BOS;
         lengths[n] = 1 + bolt_encode(m, (const uint8_t *)words[2], size - (size_t)n, prompts + at + 1);
