@@ -164,6 +164,14 @@ def test_hostile_files_do_nothing_that_a_sanitizer_would_stop(tmp_path):
 # The program
 
 
+@pytest.mark.parametrize("compiler", ["gcc", "clang", "aarch64-linux-gnu-gcc"])
+def test_every_compiler_builds_it_without_a_warning(compiler, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"there is no {compiler}")
+    subprocess.run([compiler, "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-c", str(SOURCE), "-o",
+                    str(tmp_path / "bolt.o")], check=True)
+
+
 @needs_compiler
 def test_c_computes_what_pytorch_computes(model, vocabulary, prepared, tmp_path):
     save_packed(tmp_path / "exact", model, vocabulary, bits=32)

@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,8 +43,9 @@ enum {
 #define LOWEST -3e38f
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float vec8 __attribute__((vector_size(4 * LANES / 2)));
+typedef float vec4 __attribute__((vector_size(4 * LANES / 4)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef int16_t svec __attribute__((vector_size(4 * LANES)));
 typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 typedef struct {
@@ -112,6 +114,7 @@ static size_t rounded(size_t number, size_t step) { return (number + step - 1) /
 /* ---- arithmetic, without a mathematical library ---- */
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART __attribute__((noinline))  /* a function of its own, so that its machine code can be looked at */
 #define SPLAT(x) ((x) - (vec){0})
 
 INLINE vec load(const float *p) {
@@ -183,9 +186,9 @@ INLINE vec per_text(const float *p, int n, const int S) { return S == 1 ? SPLAT(
 DEFINE_TABLES(make_tables, float)
 DEFINE_TABLES(make_wide_tables, vec)
 
+/* For one text: y[row] = the sum of what its groups of three look up. */
 typedef void look_up(const ternary *layer, const float *tables, float *y);
 
-/* For one text: y[row] = the sum of what its groups of three look up. */
 INLINE void look_up_body(const ternary *layer, const float *tables, float *y) {
     const uint8_t *code = layer->codes;
     for (int tile = 0; tile < layer->tiles; tile++, y += LANES) {
@@ -197,32 +200,39 @@ INLINE void look_up_body(const ternary *layer, const float *tables, float *y) {
     }
 }
 
-/* For 16 texts, of which each sum holds all. */
-INLINE void look_up_wide(const ternary *layer, const vec *x, vec *tables, vec *y) {
-    for (int from = 0; from < layer->groups; from += TOGETHER) {
-        int count = layer->groups - from < TOGETHER ? layer->groups - from : TOGETHER;
-        make_wide_tables(x + 3 * from, layer->cols - 3 * from < 3 * count ? layer->cols - 3 * from : 3 * count, tables);
-        for (int tile = 0; tile < layer->tiles; tile++) {
-            const uint8_t *code = layer->codes + ((size_t)tile * layer->groups + from) * LANES;
-            vec *rows = y + tile * LANES, sum[LANES];
-            for (int lane = 0; lane < LANES; lane++) sum[lane] = from ? rows[lane] : (vec){0};
-            for (const vec *table = tables; table < tables + count * TABLE; table += TABLE, code += LANES)
-                for (int half = 0; half < LANES; half += 8) {  /* one load for eight codes: loading is what takes the time */
-                    uint64_t codes;
-                    memcpy(&codes, code + half, 8);
-                    for (int lane = 0; lane < 8; lane++, codes >>= 8) sum[half + lane] += table[codes & 255];
-                }
-            for (int lane = 0; lane < LANES; lane++) rows[lane] = sum[lane];
-        }
-    }
-}
+/* For 16 texts: to y[row] (16), or to nothing at first, is added what `count` groups look up. With vectors of a size that the
+ * processor has. */
+typedef void look_up_16(const ternary *layer, int from, int count, const float *tables, float *y);
 
-INLINE void apply(const ternary *layer, const float *x, float *tables, float *y, look_up *look, const int S) {
+#define DEFINE_LOOK_UP_16(NAME, TARGET, VECTOR, ROWS)                                                                  \
+    TARGET APART static void look_up_16_##NAME(const ternary *layer, int from, int count, const float *tables, float *y) { \
+        enum { PARTS = sizeof(vec) / sizeof(VECTOR) };                                                                 \
+        const VECTOR *end = (const VECTOR *)tables + count * TABLE * PARTS;                                            \
+        for (int row = 0; row < layer->tiles * LANES; row += ROWS)                                                     \
+            for (int part = 0; part < PARTS; part++) {                                                                 \
+                const uint8_t *code = layer->codes + ((size_t)(row / LANES) * layer->groups + from) * LANES + row % LANES; \
+                VECTOR sum[ROWS], *rows = (VECTOR *)y + row * PARTS + part;                                            \
+                for (int r = 0; r < ROWS; r++) sum[r] = from ? rows[r * PARTS] : (VECTOR){0};                          \
+                for (const VECTOR *table = (const VECTOR *)tables + part; table < end; table += TABLE * PARTS, code += LANES) \
+                    for (int r = 0; r < ROWS; r += 8) {  /* one load for eight codes: loading is what takes the time */ \
+                        uint64_t codes;                                                                                \
+                        memcpy(&codes, code + r, 8);                                                                   \
+                        for (int k = 0; k < 8; k++, codes >>= 8) sum[r + k] += table[(codes & 255) * PARTS];           \
+                    }                                                                                                  \
+                for (int r = 0; r < ROWS; r++) rows[r * PARTS] = sum[r];                                               \
+            }                                                                                                          \
+    }
+
+INLINE void apply(const ternary *layer, const float *x, float *tables, float *y, look_up *one, look_up_16 *many, const int S) {
     if (S == 1) {
         make_tables(x, layer->cols, tables);
-        look(layer, tables, y);
+        one(layer, tables, y);
     } else {
-        look_up_wide(layer, (const vec *)x, (vec *)tables, (vec *)y);
+        for (int from = 0; from < layer->groups; from += TOGETHER) {
+            int left = layer->cols - 3 * from, count = (left + 2) / 3 < TOGETHER ? (left + 2) / 3 : TOGETHER;
+            make_wide_tables((const vec *)x + 3 * from, left < 3 * count ? left : 3 * count, (vec *)tables);
+            many(layer, from, count, tables, y);
+        }
     }
     for (int i = 0; i < layer->rows * S; i += LANES)
         store(y + i, load(y + i) * layer->scale[i >= layer->rows / 2 * S]);
@@ -310,7 +320,7 @@ INLINE void head32(const bolt_model *m, const float *x, float *logits, const int
     }
 }
 
-typedef void add_products(ivec *sums, const svec *weights, const int32_t *pair);
+typedef void add_products(ivec *sums, const int8_t *four, int odd, int32_t pair);
 
 /* From an embedding of 8 bits: the inputs get 16 or, if their sums did not fit 32 bits, fewer; the rest is exact. Pairs are
  * of every second input, as they are found in the integers that hold the weights of four. */
@@ -333,10 +343,8 @@ INLINE void head8(const bolt_model *m, const float *x, float *logits, int32_t *p
         ivec sum[LANES] = {{0}};
         for (int n = 0; n < D / 2; n += S == 1 ? 4 : 1)
             for (int k = 0; k < (S == 1 ? 4 : 1); k++) {
-                svec four;
-                memcpy(&four, m->embedding8 + (size_t)v * D + (n + k) / 2 * 4 * LANES, sizeof four);
-                four = four << ((n + k) % 2 ? 0 : 8) >> 8;
-                for (int s = 0; s < S; s++) add(&sum[S == 1 ? k : s], &four, &pairs[(n + k) * S + s]);
+                const int8_t *four = m->embedding8 + (size_t)v * D + (n + k) / 2 * 4 * LANES;
+                for (int s = 0; s < S; s++) add(&sum[S == 1 ? k : s], four, (n + k) % 2, pairs[(n + k) * S + s]);
             }
         for (int k = 1; k < 4 && S == 1; k++) sum[0] += sum[k];
         for (int s = 0; s < S; s++)
@@ -353,7 +361,8 @@ static size_t scratch_floats(const bolt_model *m, size_t S, size_t part[6]) {
     return total;
 }
 
-INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, look_up *look, add_products *add_pairs, const int S) {
+INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, look_up *one,
+                      look_up_16 *many, add_products *add_pairs, const int S) {
     const bolt_model *m = s->model;
     int D = m->width, H = m->hidden;
     size_t part[6];
@@ -370,7 +379,7 @@ INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, look_up
         const block *b = &m->block[n];
         float *past = s->memory + b->state * S;
         rms_norm(x, b->mixer_norm, D, 1e-6f, normed, S);
-        apply(&b->in, normed, tables, y, look, S);
+        apply(&b->in, normed, tables, y, one, many, S);
         if (b->attention) {
             convolve(b->taps, m->kernel, 3 * D, s->position, past, y, mixed, S);
             attend(m, mixed, s, past + (size_t)(m->kernel - 1) * 3 * D * S, chances, normed, S);
@@ -379,14 +388,14 @@ INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, look_up
             convolve(b->taps, m->kernel, D, s->position, past, y + D * S, normed, S);
             multiply_by_sigmoid(normed, y, D * S, normed);
         }
-        apply(&b->out, normed, tables, y, look, S);
+        apply(&b->out, normed, tables, y, one, many, S);
         add(x, y, b->layer_scale, D, S);
 
         rms_norm(x, b->glu_norm, D, 1e-6f, normed, S);
-        apply(&b->gate_up, normed, tables, y, look, S);
+        apply(&b->gate_up, normed, tables, y, one, many, S);
         multiply_by_sigmoid(y, y, H * S, normed);
         for (int i = 0; i < H * S; i += LANES) store(normed + i, load(normed + i) * load(y + H * S + i));
-        apply(&b->down, normed, tables, y, look, S);
+        apply(&b->down, normed, tables, y, one, many, S);
         add(x, y, b->layer_scale ? b->layer_scale + D : NULL, D, S);
     }
     s->position++;
@@ -523,8 +532,8 @@ struct kernels {
 
 #define INSTANCE(NAME, TARGET)                                                                                         \
     TARGET static void step_##NAME(bolt_state *s, const uint16_t *ids, float *logits) {                                \
-        if (s->texts == 1) step_body(s, ids, logits, look_up_##NAME, add_products_##NAME, 1);                          \
-        else step_body(s, ids, logits, NULL, add_products_##NAME, LANES);                                              \
+        if (s->texts == 1) step_body(s, ids, logits, look_up_##NAME, NULL, add_products_##NAME, 1);                    \
+        else step_body(s, ids, logits, NULL, look_up_16_##NAME, add_products_##NAME, LANES);                           \
     }                                                                                                                  \
     TARGET static int choose_##NAME(const bolt_model *m, float *logits, const bolt_settings *how, uint64_t *seed,      \
                                     float *powers, candidate *found, float *nats) {                                    \
@@ -535,14 +544,14 @@ struct kernels {
     }                                                                                                                  \
     static const kernels NAME = {#NAME, step_##NAME, choose_##NAME, nats_##NAME};
 
-/* Functions of their own, so that their machine code can be looked at. */
-#define APART __attribute__((noinline))
-
 APART static void look_up_portable(const ternary *layer, const float *tables, float *y) { look_up_body(layer, tables, y); }
-static inline void add_products_portable(ivec *sums, const svec *weights, const int32_t *pair) {
-    *sums += ((ivec)*weights << 16 >> 16) * (int16_t)*pair + ((ivec)*weights >> 16) * (*pair >> 16);
+static inline void add_products_portable(ivec *sums, const int8_t *four, int odd, int32_t pair) {
+    ivec weights;
+    memcpy(&weights, four, sizeof weights);
+    *sums += (weights << (24 - 8 * odd) >> 24) * (int16_t)pair + (weights << (8 - 8 * odd) >> 24) * (pair >> 16);
 }
 
+DEFINE_LOOK_UP_16(portable, , vec4, 8)
 INSTANCE(portable, )
 
 #if defined(__x86_64__)
@@ -550,12 +559,15 @@ INSTANCE(portable, )
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 
 AVX2 APART static void look_up_avx2(const ternary *layer, const float *tables, float *y) { look_up_body(layer, tables, y); }
-AVX2 static inline void add_products_avx2(ivec *sums, const svec *weights, const int32_t *pair) {
-    __m256i *sum = (__m256i *)sums, *weight = (__m256i *)weights, both = _mm256_set1_epi32(*pair);
-    for (int half = 0; half < 2; half++)
-        sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(weight[half], both));
+AVX2 static inline void add_products_avx2(ivec *sums, const int8_t *four, int odd, int32_t pair) {
+    for (int half = 0; half < 2; half++) {
+        __m256i *sum = (__m256i *)sums + half, weights = _mm256_loadu_si256((const __m256i *)four + half);
+        weights = _mm256_srai_epi16(odd ? weights : _mm256_slli_epi16(weights, 8), 8);
+        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weights, _mm256_set1_epi32(pair)));
+    }
 }
 
+DEFINE_LOOK_UP_16(avx2, AVX2, vec8, 8)
 INSTANCE(avx2, AVX2)
 
 /* A table fits two registers, and one instruction looks 16 rows up. Four tiles at a time hide the latency of adding. */
@@ -575,10 +587,13 @@ AVX512 APART static void look_up_avx512(const ternary *layer, const float *table
         for (int k = 0; k < TILES; k++) _mm512_storeu_ps(y + k * LANES, sum[k]);
     }
 }
-AVX512 static inline void add_products_avx512(ivec *sums, const svec *weights, const int32_t *pair) {
-    *sums += (ivec)_mm512_madd_epi16((__m512i)*weights, _mm512_set1_epi32(*pair));
+AVX512 static inline void add_products_avx512(ivec *sums, const int8_t *four, int odd, int32_t pair) {
+    __m512i weights = _mm512_loadu_si512(four);
+    weights = _mm512_srai_epi16(odd ? weights : _mm512_slli_epi16(weights, 8), 8);
+    *sums += (ivec)_mm512_madd_epi16(weights, _mm512_set1_epi32(pair));
 }
 
+DEFINE_LOOK_UP_16(avx512, AVX512, vec, 16)
 INSTANCE(avx512, AVX512)
 #endif
 
