@@ -1,9 +1,12 @@
 import json
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -268,6 +271,15 @@ def test_a_listener_that_fails_is_heard_of(packed):
 
     with pytest.raises(KeyError):
         Bolt(packed).generate("Tom", listener=fail)
+
+
+@needs_compiler
+def test_an_interrupt_need_not_wait_for_the_last_story(packed):
+    began = time.monotonic()
+    threading.Timer(1.0, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        Bolt(packed).generate(["Tom"] * 50_000, 400)  # minutes
+    assert time.monotonic() - began < 20
 
 
 @needs_compiler

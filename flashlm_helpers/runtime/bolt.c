@@ -71,6 +71,7 @@ typedef struct {
     int top_k;              /* 0: all */
     float top_p;            /* 1: all */
     uint64_t seed;
+    const volatile int *stop;  /* may be NULL; all writing ends when another thread makes it something else than 0 */
 } bolt_settings;
 
 typedef struct {
@@ -1045,7 +1046,7 @@ int bolt_generate(bolt_state *s, int stories, const uint16_t *prompts, const lon
     long read[LANES];
     int story[LANES], begun = 0, ended = 0, good = logits && found;
     for (int t = 0; t < LANES; t++) story[t] = -1;
-    while (good && ended < stories) {
+    while (good && ended < stories && !(how->stop && *how->stop)) {
         int wanted = 0;
         for (int t = 0; t < s->texts; t++) {
             if (story[t] < 0 && begun < stories) {

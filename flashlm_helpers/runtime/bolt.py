@@ -37,7 +37,7 @@ class NoRuntime(FlashLMError):
 
 class _Settings(ctypes.Structure):
     _fields_ = [("tokens", ctypes.c_int), ("temperature", ctypes.c_float), ("top_k", ctypes.c_int),
-                ("top_p", ctypes.c_float), ("seed", ctypes.c_uint64)]
+                ("top_p", ctypes.c_float), ("seed", ctypes.c_uint64), ("stop", ctypes.POINTER(ctypes.c_int))]
 
 
 _Listener = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
@@ -194,12 +194,18 @@ class Bolt:
         return self._in_threads(score, sequences)
 
     @staticmethod
-    def _in_threads(do: Callable, things: Sequence) -> list:
-        """Each thing done, in order, as many at once as there are cores; C does not hold Python up."""
-        if len(things) == 1:  # starting a thread takes longer than ten tokens
-            return [do(things[0])]
+    def _in_threads(do: Callable, things: Sequence, stop: ctypes.c_int | None = None) -> list:
+        """Each thing done, in order, as many at once as there are cores; C does not hold Python up.
+
+        stop: becomes 1 if this is interrupted or one of them fails, so that the others need not be waited for.
+        """
         with ThreadPoolExecutor(usable_cores()) as pool:
-            return list(pool.map(do, things))
+            try:
+                return list(pool.map(do, things))
+            except BaseException:
+                if stop is not None:
+                    stop.value = 1
+                raise
 
     def generate(self, prompts: str | Sequence[str], tokens: int = 200, temperature: float = 0.8, top_k: int = 0,
                  top_p: float = 0.95, seed: int = 0, listener: Callable[[int, int], None] | None = None) -> list[Story]:
@@ -211,13 +217,14 @@ class Bolt:
         """
         stories = [Story(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         check_request([story.prompt for story in stories], tokens, temperature, top_k, top_p, seed)
-        share = math.ceil(len(stories) / usable_cores())
+        share, stop = math.ceil(len(stories) / usable_cores()), ctypes.c_int(0)
 
         def write(start: int) -> None:
             self._write(stories[start : start + share], start, listener,
-                        _Settings(tokens, temperature, min(top_k, self.vocabulary_size), top_p, seed + start))
+                        _Settings(tokens, temperature, min(top_k, self.vocabulary_size), top_p, seed + start,
+                                  ctypes.pointer(stop)))
 
-        self._in_threads(write, range(0, len(stories), share))
+        self._in_threads(write, range(0, len(stories), share), stop)
         return stories
 
     def _write(self, stories: list[Story], start: int, listener, settings: _Settings) -> None:
