@@ -27,6 +27,7 @@ from flashlm_helpers.corpus import open_corpus
 from flashlm_helpers.generation import generate
 from flashlm_helpers.hardware import describe_hardware
 from flashlm_helpers.runtime.bolt import COMPILERS, SOURCE, Bolt
+from flashlm_helpers.runtime.compiled import CompiledModel
 from flashlm_helpers.runtime.onnx import OnnxModel, save_onnx
 from flashlm_helpers.runtime.packed import save_packed
 from flashlm_helpers.tokens import prepare
@@ -65,6 +66,7 @@ def ways_of(model, vocabulary, prompt: str, folder: Path) -> dict:
         "plain: the whole window for each token": lambda seed: plain_generate(plain, vocabulary, prompt, TOKENS, seed,
                                                                               **SETTINGS),
         "PyTorch, streaming": stream(model),
+        "PyTorch, streaming, compiled": stream(CompiledModel(model)),
         "ONNX Runtime, float32": stream(onnx["float.onnx"]),
         "ONNX Runtime, 2 and 8 bits": stream(onnx["small.onnx"]),
         "C": lambda seed: written(bolt.generate(prompt, TOKENS, seed=seed, **SETTINGS)),

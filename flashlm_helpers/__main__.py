@@ -84,8 +84,10 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (evaluate, generate):
         command.add_argument("--checkpoint", required=True, metavar="PATH",
                              help="a .pt file or a run's folder, or an exported model: packed or .onnx")
-        command.add_argument("--runtime", choices=RUNTIMES, help="what computes (default: torch for checkpoints, c for "
-                                                                 "packed models, onnx for .onnx)")
+    help_runtime = "what computes (default: torch for checkpoints, c for packed models, onnx for .onnx"
+    evaluate.add_argument("--runtime", choices=RUNTIMES, help=f"{help_runtime})")
+    generate.add_argument("--runtime", choices=(*RUNTIMES, "compiled"),
+                          help=f"{help_runtime}; compiled: torch, after some ten seconds of compiling)")
 
     export = commands.add_parser("export", help="write a model for use, small enough to hand around")
     export.add_argument("--checkpoint", required=True, metavar="PATH", help="a .pt file or a run's folder")
@@ -281,7 +283,7 @@ def run_generate(args) -> dict:
 
 
 def _open(args):
-    """The model that a command is about, by PyTorch if there is no C compiler."""
+    """The model that a command is about, by PyTorch if there is no compiler."""
     from flashlm_helpers.runtime import open_model
     from flashlm_helpers.runtime.bolt import NoRuntime
 

@@ -53,6 +53,12 @@ def missing_compiler() -> str | None:
     return "a C++ compiler, such as g++, would make it a third faster"
 
 
+def compile_failure(error: Exception) -> str:
+    """One line on what torch.compile raised."""
+    cause = re.search(r"\berror: (.+)", str(error))  # a compiler's message stands below its long command
+    return f"torch.compile failed: {(cause[1] if cause else one_line(error))[:160]}"
+
+
 def compile_model(model: FlashLM, bfloat16: bool) -> str | None:
     """Compile the model's parts, once they have worked on a copy.
 
@@ -68,8 +74,7 @@ def compile_model(model: FlashLM, bfloat16: bool) -> str | None:
         with torch._dynamo.config.patch(suppress_errors=False, fail_on_recompile_limit_hit=True):
             accumulate_gradient(trial, ids, ids, bfloat16)
     except Exception as error:  # a compiler that is there need not work, and nothing depends on it
-        cause = re.search(r"\berror: (.+)", str(error))  # a compiler's message stands below its long command
-        return f"torch.compile failed: {(cause[1] if cause else one_line(error))[:160]}"
+        return compile_failure(error)
     torch._dynamo.config.suppress_errors = True  # scoring is compiled later: should that fail, it is eager
     model.compile()
     return None

@@ -85,7 +85,7 @@ def stream(model: FlashLM, vocabulary: Vocabulary, prompts: Sequence[str], token
            temperature: float = 0.8, top_k: int = 0, top_p: float = 0.95, seed: int = 0) -> Iterator[list[Story]]:
     """Yield the stories after each step, until all have ended or have `tokens` generated ids.
 
-    model: a FlashLM, or one of another runtime that has read(ids, past), as runtime.onnx.OnnxModel has.
+    model: a FlashLM, or one of another runtime that has read(ids, past): a compiled.CompiledModel, an onnx.OnnxModel.
     The state of each block is carried along and has a fixed size, so a token costs the same at any position. Story i
     draws from its own generator seeded with seed + i, so it does not depend on the others in the batch.
     The same list of Story objects is yielded again and again, grown by one id each; `text` is set at the end.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -98,17 +99,22 @@ def latent_weight(ternary: Tensor, scale: Tensor) -> Tensor:
     return ternary * (scale / ternary.abs().float().mean().clamp(min=1e-8))
 
 
-def freeze_ternary(model: nn.Module) -> nn.Module:
+def _linear(layer: BitLinear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(layer.effective_weight, requires_grad=False)
+    return linear
+
+
+def freeze_ternary(model: nn.Module, substitute: Callable[[BitLinear], nn.Module] = _linear) -> nn.Module:
     """A copy of `model` for inference, in which each BitLinear is a plain linear layer of its ternary weights.
 
     The outputs are the same to the last bit; the rounding is done once instead of at every call.
+    substitute: makes something else of each BitLinear.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, BitLinear)]
     frozen = copy.deepcopy(model, {id(layer.weight): layer.weight for layer in layers})  # no copy of what is replaced
     for parent in list(frozen.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, BitLinear):
-                linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                linear.weight = nn.Parameter(layer.effective_weight, requires_grad=False)
-                setattr(parent, name, linear)
+                setattr(parent, name, substitute(layer))
     return frozen.eval().requires_grad_(False)

@@ -20,13 +20,16 @@ from hypothesis import strategies as st
 from flashlm_helpers.__main__ import main
 from flashlm_helpers.checkpoint import save_checkpoint
 from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig
+from flashlm_helpers.fastpath import missing_compiler
 from flashlm_helpers.generation import generate
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.runtime import bolt as runtime
 from flashlm_helpers.runtime.bolt import LANES, SOURCE, Bolt, NoRuntime
+from flashlm_helpers.runtime.compiled import CompiledModel
 from flashlm_helpers.runtime.packed import VERSION, is_packed, load_packed, save_packed
 from flashlm_helpers.vocab import BOS, EOS
 
+needs_cpp_compiler = pytest.mark.skipif(bool(missing_compiler()), reason="no C++ compiler")
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, runtime.COMPILERS)), reason="no C compiler")
 HYBRID = {"attention": (1,), "heads": 2, "window": 12, "layer_scale": True}
 SHAPES = {"v4": {}, "hybrid": HYBRID, "other sizes": {"width": 80, "hidden": 16, "kernel_size": 3},
@@ -450,6 +453,38 @@ def test_every_runtime_tells_the_story_of_the_checkpoint(checkpoint, tell, capsy
         assert tell("generate", "--checkpoint", checkpoint, "--runtime", program, *GREEDY)[0]["runtime"] == program
 
 
+@needs_cpp_compiler
+@pytest.mark.parametrize("changes", [{}, HYBRID, {"ternary": False}])
+def test_the_compiled_step_is_that_of_the_model_and_compiled_once(changes, model_config, vocabulary):
+    torch.manual_seed(3)
+    model = lively(replace(model_config, **changes))
+    compiled = CompiledModel(model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prompt in ("Tom", "Once upon a time"):
+            told, other = (generate(way, vocabulary, prompt, tokens=30, temperature=0)[0] for way in (compiled, model))
+            assert told.ids == other.ids
+            assert told.surprise == pytest.approx(other.surprise, abs=1e-3)
+    both = ["Tom", "Once upon a time"]
+    assert generate(compiled, vocabulary, both, tokens=9, seed=2) == generate(model, vocabulary, both, tokens=9, seed=2)
+
+
+@needs_cpp_compiler
+def test_the_compiled_step_tells_stories_from_the_command_line(checkpoint, tell):
+    told, _ = tell("generate", "--checkpoint", checkpoint, *GREEDY)
+    story, _ = tell("generate", "--checkpoint", checkpoint, "--runtime", "compiled", *GREEDY)
+    assert story["runtime"] == "compiled" and story["ids"] == told["ids"]
+
+
+@needs_cpp_compiler
+def test_a_compiler_that_fails_leaves_pytorch(checkpoint, tell, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such flag\nand more")
+
+    monkeypatch.setattr("flashlm_helpers.runtime.compiled.CompiledModel._one", fail)
+    story, notices = tell("generate", "--checkpoint", checkpoint, "--runtime", "compiled", *GREEDY)
+    assert story["runtime"] == "torch" and notices.count("\n") == 1 and "no such flag" in notices
+
+
 @needs_compiler
 def test_every_runtime_finds_the_same_bits(checkpoint, text_dir, tell):
     ways = [tell("eval-bpc", "--checkpoint", checkpoint, "--text", text_dir / "valid.txt", "--no-baselines", *flags)[0]
@@ -459,11 +494,13 @@ def test_every_runtime_finds_the_same_bits(checkpoint, text_dir, tell):
     assert ways[2]["bpb"] == pytest.approx(ways[0]["bpb"], rel=0.03)
 
 
-def test_without_a_compiler_pytorch_computes(checkpoint, tell, unbuilt, monkeypatch):
+@pytest.mark.parametrize(("runtime_", "missing"), [("c", "no C compiler"), ("compiled", "no C++ compiler")])
+def test_without_a_compiler_pytorch_computes(runtime_, missing, checkpoint, tell, unbuilt, monkeypatch):
     monkeypatch.setenv("PATH", str(unbuilt))
-    monkeypatch.delenv("CC", raising=False)
-    story, notices = tell("generate", "--checkpoint", checkpoint, "--runtime", "c", *GREEDY)
-    assert story["runtime"] == "torch" and notices.count("\n") == 1 and "no C compiler" in notices
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    story, notices = tell("generate", "--checkpoint", checkpoint, "--runtime", runtime_, *GREEDY)
+    assert story["runtime"] == "torch" and notices.count("\n") == 1 and missing in notices
 
 
 def test_a_packed_file_is_described_and_runs_in_pytorch(checkpoint, tell, capsys):

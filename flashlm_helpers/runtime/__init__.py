@@ -15,8 +15,8 @@ from flashlm_helpers.vocab import Vocabulary
 class Opened:
     """A model, by what runs it.
 
-    model: a FlashLM, a bolt.Bolt or an onnx.OnnxModel. source: the text it was trained on, as a checkpoint says it, or
-    empty. runtime: torch, c or onnx.
+    model: a FlashLM, a compiled.CompiledModel, a bolt.Bolt or an onnx.OnnxModel. source: the text it was trained on, as
+    a checkpoint says it, or empty. runtime: torch, compiled, c or onnx.
     """
 
     model: Any
@@ -29,7 +29,7 @@ def open_model(path: str | Path, runtime: str | None = None) -> Opened:
     """Open a checkpoint (.pt or a run's folder), a packed file or an .onnx file.
 
     runtime: None is the file's own. Whatever it needs is made from the file: for C a checkpoint is packed, with its
-    embedding at 8 bits. Raises FlashLMError if the file cannot be used, bolt.NoRuntime if there is no C compiler.
+    embedding at 8 bits. Raises FlashLMError if the file cannot be used, bolt.NoRuntime if there is no compiler.
     """
     packed, onnx = is_packed(path), Path(path).suffix == ".onnx"
     runtime = runtime or ("c" if packed else "onnx" if onnx else "torch")
@@ -51,7 +51,11 @@ def open_model(path: str | Path, runtime: str | None = None) -> Opened:
     else:
         content = load_checkpoint(path)
         model, vocabulary, source = content["model"].eval(), content["vocabulary"], content["source"]
-    if runtime != "torch":
+    if runtime == "compiled":
+        from flashlm_helpers.runtime.compiled import CompiledModel
+
+        model = CompiledModel(model)
+    elif runtime != "torch":
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model"
             if runtime == "c":
