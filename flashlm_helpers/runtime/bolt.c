@@ -34,6 +34,7 @@ enum {
     LANES = 16,             /* rows of a tile, and texts side by side: the floats of a register of AVX-512 */
     TILES = 4,              /* tiles come in fours, the last rows of which may be none of the matrix */
     TABLE = 32,             /* room of a table of sums, of which 27 are used */
+    NEGATIVE = 16,          /* where those begin that have their signs turned */
     TOGETHER = 16,          /* tables made at once for 16 texts: they fit the fastest cache */
     LONGEST_TOKEN = 1024,   /* bytes; GPT-2's own longest has 128 */
 };
@@ -170,18 +171,16 @@ INLINE vec per_channel(const float *p, int i, const int S) { return S == 1 ? loa
 /* Of a number that each text has, the n-th. */
 INLINE vec per_text(const float *p, int n, const int S) { return S == 1 ? SPLAT(p[n]) : load(p + n * LANES); }
 
-/* The 27 sums of every three inputs, the code's digits choosing -1, 0 or 1 of each. Additions and subtractions only. */
+/* The 27 sums of every three inputs, each chosen with -1, 0 or 1; by additions and subtractions only. Half of them are the
+ * other half with their signs turned: entry k, of 1 to 13, is k written with digits of -1, 0 and 1, and entry 16 + k is -k. */
 #define DEFINE_TABLES(NAME, NUMBER)                                                                                    \
     INLINE void NAME(const NUMBER *x, int count, NUMBER *tables) {                                                     \
         const NUMBER zero = {0};                                                                                       \
         for (int i = 0; i < count; i += 3, tables += TABLE) {                                                          \
             NUMBER a = x[i], b = i + 1 < count ? x[i + 1] : zero, c = i + 2 < count ? x[i + 2] : zero;                 \
-            NUMBER pair[9] = {-b - a, -b, a - b, -a, zero, a, b - a, b, b + a};                                        \
-            for (int k = 0; k < 9; k++) {                                                                              \
-                tables[k] = pair[k] - c;                                                                               \
-                tables[k + 9] = pair[k];                                                                               \
-                tables[k + 18] = pair[k] + c;                                                                          \
-            }                                                                                                          \
+            NUMBER sums[14] = {zero, a, b - a, b, b + a};                                                              \
+            for (int k = 5; k <= 13; k++) sums[k] = k < 9 ? c - sums[9 - k] : c + sums[k - 9];                         \
+            for (int k = 0; k < 14; k++) tables[k] = sums[k], tables[k + NEGATIVE] = zero - sums[k];                   \
         }                                                                                                              \
     }
 DEFINE_TABLES(make_tables, float)
@@ -559,7 +558,28 @@ INSTANCE(portable, )
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 
-AVX2 APART static void look_up_avx2(const ternary *layer, const float *tables, float *y) { look_up_body(layer, tables, y); }
+/* The positive sums fit two registers: bit 3 of a code chooses which, and bit 4 turns the sign. */
+AVX2 APART static void look_up_avx2(const ternary *layer, const float *tables, float *y) {
+    const size_t next = (size_t)layer->groups * LANES;
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    for (int tile = 0; tile < layer->tiles; tile += 2, y += 2 * LANES) {
+        const uint8_t *code = layer->codes + tile * next;
+        __m256 sum[4];
+        for (int k = 0; k < 4; k++) sum[k] = _mm256_setzero_ps();
+        for (const float *table = tables; table < tables + layer->groups * TABLE; table += TABLE, code += LANES) {
+            __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+            for (int k = 0; k < 4; k++) {
+                __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(code + k / 2 * next + k % 2 * 8)));
+                __m256 found = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes),
+                                                _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+                __m256 turned = _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(codes, 27)), sign);
+                sum[k] = _mm256_add_ps(sum[k], _mm256_xor_ps(found, turned));
+            }
+        }
+        for (int k = 0; k < 4; k++) _mm256_storeu_ps(y + 8 * k, sum[k]);
+    }
+}
+
 AVX2 static inline void add_products_avx2(ivec *sums, const int8_t *four, int odd, int32_t pair) {
     for (int half = 0; half < 2; half++) {
         __m256i *sum = (__m256i *)sums + half, weights = _mm256_loadu_si256((const __m256i *)four + half);
@@ -651,8 +671,7 @@ static int make_layer(ternary *layer, int rows, int cols, float first_scale, flo
     layer->scale[0] = first_scale;
     layer->scale[1] = second_scale;
     size_t codes = (size_t)layer->tiles * layer->groups * LANES;
-    if ((layer->codes = malloc(codes))) memset(layer->codes, 13, codes);  /* 13: three zeros */
-    return layer->codes != NULL;
+    return (layer->codes = calloc(codes, 1)) != NULL;
 }
 
 /* Five weights a byte in the file become three a byte, in tiles, for `rows` rows. Returns 0 if one is not ternary. */
@@ -661,9 +680,12 @@ static int unpack(ternary *layer, const uint8_t *packed, int from, int rows) {
     size_t n = 0;
     for (int row = from; row < from + rows; row++) {
         uint8_t *code = layer->codes + (size_t)(row / LANES) * layer->groups * LANES + row % LANES;
-        for (int col = 0; col < layer->cols; col++, n++) {
+        for (int col = 0, sum = 0; col < layer->cols; col++, n++) {
             if (packed[n / 5] >= 243) return 0;
-            code[(size_t)(col / 3) * LANES] += (uint8_t)((packed[n / 5] / places[n % 5] % 3 - 1) * places[col % 3]);
+            sum += (packed[n / 5] / places[n % 5] % 3 - 1) * places[col % 3];
+            if (col % 3 < 2 && col + 1 < layer->cols) continue;
+            code[(size_t)(col / 3) * LANES] = (uint8_t)(sum < 0 ? NEGATIVE - sum : sum);
+            sum = 0;
         }
     }
     return 1;
