@@ -101,7 +101,7 @@ def latent_weight(ternary: Tensor, scale: Tensor) -> Tensor:
 
 def _linear(layer: BitLinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.effective_weight, requires_grad=False)
+    linear.weight = nn.Parameter(layer.effective_weight.detach().clone(), requires_grad=False)
     return linear
 
 
@@ -111,6 +111,8 @@ def freeze_ternary(model: nn.Module, substitute: Callable[[BitLinear], nn.Module
     The outputs are the same to the last bit; the rounding is done once instead of at every call.
     substitute: makes something else of each BitLinear.
     """
+    if isinstance(model, BitLinear):
+        return substitute(model).eval().requires_grad_(False)
     layers = [layer for layer in model.modules() if isinstance(layer, BitLinear)]
     frozen = copy.deepcopy(model, {id(layer.weight): layer.weight for layer in layers})  # no copy of what is replaced
     for parent in list(frozen.modules()):

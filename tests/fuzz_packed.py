@@ -28,8 +28,9 @@ int main(int count, char **words) {
     char error[400];
     int texts = atoi(words[4]), stories = texts == 1 ? 2 : 20, finished[20];
     bolt_model *m = bolt_open(words[1], error, sizeof error);
-    if (!m) return fprintf(stderr, "error: %s\\n", error), count == 5 ? 2 : 3;
-    bolt_settings how = {.tokens = 4, .temperature = (float)atof(words[3]), .top_k = 50, .top_p = 0.9f, .seed = 0};
+    if (!m) return fprintf(stderr, "error: %s\\n", error), count == 7 ? 2 : 3;
+    bolt_settings how = {.tokens = 4, .temperature = (float)atof(words[3]), .top_k = atoi(words[5]),
+                         .top_p = (float)atof(words[6]), .seed = 0};
     size_t size = strlen(words[2]);
     uint16_t prompts[20 * 200], ids[20 * 4];
     long lengths[20], counts[20];
@@ -41,6 +42,11 @@ int main(int count, char **words) {
     bolt_state *s = bolt_start(m, texts), *one = bolt_start(m, 1);
     if (s && one) {
         bolt_generate(s, stories, prompts, lengths, &how, ids, bits, counts, finished, NULL, NULL);
+        for (int n = 0; n < 4 * stories; n++) {
+            uint8_t text[LONGEST_TOKEN];
+            if (n % 4 < counts[n / 4] && (ids[n] < SPECIALS || ids[n] >= bolt_vocabulary(m))) abort();
+            if (n % 4 < counts[n / 4]) bolt_token(m, ids[n], text);
+        }
         bolt_score(one, prompts, lengths[0], nats);
     }
     bolt_end(one);
@@ -98,7 +104,9 @@ def fuzz(program: Path, contents: list[bytes], files: int, seed: int = 0) -> Cou
             file.write(mutate(numbers.choice(contents), numbers))
             file.flush()
             prompt = "\U0001f642 Once, you're \u3000 42 ! as a bird  now"
-            words = [program, file.name, prompt, numbers.choice("01"), numbers.choice(["1", "16"])]
+            words = [program, file.name, prompt, numbers.choice(["0", "1", "1e9", "3e38"]),
+                     numbers.choice(["1", "16"]), numbers.choice(["0", "3", "50"]),
+                     numbers.choice(["1e-30", "0.9", "1"])]
             done = subprocess.run(words, capture_output=True, timeout=120,
                                   env=os.environ | {"ASAN_OPTIONS": "allocator_may_return_null=1",
                                                     "BOLT_KERNELS": numbers.choice(["portable", "avx2", "avx512"])})
@@ -119,7 +127,7 @@ def small_models(folder: Path) -> list[bytes]:
     from flashlm_helpers.runtime.packed import save_packed
     from flashlm_helpers.vocab import Vocabulary
 
-    vocabulary, contents = Vocabulary.build(open_corpus("builtin", None, 50).stories("train"), 400), []
+    vocabulary, contents = Vocabulary.build(open_corpus("builtin", None, 50).stories("train"), 405), []
     for bits, more in ((8, {}), (32, {"attention": (1,), "heads": 2, "window": 5, "layer_scale": True})):
         model = FlashLM(ModelConfig("small", 32, 2, 16, 32, kernel_size=3, vocabulary_size=len(vocabulary), **more))
         save_packed(folder / "small", model, vocabulary, bits)

@@ -81,6 +81,15 @@ def test_frozen_copies_compute_the_same_bits_and_leave_the_original_alone():
         frozen(x).sum().backward()
 
 
+@pytest.mark.parametrize("model", [BitLinear(8, 2), torch.nn.Sequential(BitLinear(8, 2, ternary=False))])
+def test_a_lone_layer_and_float_twins_are_copied_too(model):
+    x = torch.randn(5, 8)
+    frozen, before = freeze_ternary(model), model(x).detach()
+    with torch.no_grad():
+        next(model.parameters()).mul_(-3.0)
+    assert torch.equal(frozen(x), before) and next(model.parameters()).requires_grad
+
+
 @given(st.lists(st.sampled_from([-1, 0, 1]), max_size=60), st.integers(1, 4))
 def test_packing_keeps_every_weight_at_five_to_a_byte(values, rows):
     ternary = torch.tensor(values * rows, dtype=torch.int8).view(rows, -1)

@@ -277,6 +277,28 @@ def test_a_listener_that_fails_is_heard_of(packed):
 
 
 @needs_compiler
+def test_a_listener_that_fails_ends_all_stories(packed, monkeypatch):
+    monkeypatch.setattr("flashlm_helpers.runtime.bolt.usable_cores", lambda: 2)
+    heard = []
+
+    def fail(story, token):
+        heard.append(story)
+        if story >= 500:
+            raise KeyError(story)
+
+    with pytest.raises(KeyError):
+        Bolt(packed).generate(["Tom"] * 1000, 200, listener=fail)
+    assert sum(story >= 500 for story in heard) == 1 and len(heard) < 50_000
+
+
+@needs_compiler
+@pytest.mark.parametrize("temperature", [1e9, 1e38, 1e300])
+def test_what_is_written_is_in_the_vocabulary_at_any_temperature(temperature, packed, vocabulary):
+    for story in Bolt(packed).generate(["Tom"] * 20, 30, temperature):
+        assert all(EOS < token < len(vocabulary) for token in story.ids)
+
+
+@needs_compiler
 def test_an_interrupt_need_not_wait_for_the_last_story(packed):
     began = time.monotonic()
     threading.Timer(1.0, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()

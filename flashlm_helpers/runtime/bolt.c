@@ -41,7 +41,7 @@ enum {
 #define LARGEST_FILE (1u << 30)  /* bytes */
 #define LARGEST_STATE (1u << 26) /* floats, of one text */
 #define NONE 0xFFFFFFFFu
-#define LOWEST -3e38f
+#define LOWEST (-__builtin_inff())
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float vec8 __attribute__((vector_size(4 * LANES / 2)));
@@ -52,7 +52,7 @@ typedef int8_t bytes __attribute__((vector_size(LANES)));
 typedef struct {
     int rows, cols, groups, tiles;
     float scale[2];     /* of the first and of the second half of the rows: they may come from two layers */
-    uint8_t *codes;     /* (tiles, groups, LANES): three weights each, as digits of base 3 */
+    uint8_t *codes;     /* (tiles, groups, LANES): three weights each, see DEFINE_TABLES */
 } ternary;
 
 typedef struct {
@@ -476,17 +476,17 @@ static int keep_likeliest(candidate *all, int count, int number, float mass) {
     return from < to ? from : to;
 }
 
-/* The ids from EOS on whose powers are at least `floor`; returns how many. */
-INLINE int collect(const float *powers, int count, float floor, candidate *found) {
+/* The ids from EOS to the last one whose powers are at least `floor`; returns how many. */
+INLINE int collect(const float *powers, int vocabulary, float floor, candidate *found) {
     int number = 0;
-    for (int i = 0; i < count; i += LANES) {
+    for (int i = 0; i < vocabulary; i += LANES) {
         bytes any = __builtin_convertvector(load(powers + i) >= floor, bytes);
         uint64_t halves[2];
         memcpy(halves, &any, sizeof halves);
         if (!(halves[0] | halves[1])) continue;
         for (int v = i; v < i + LANES; v++) {
             found[number] = (candidate){powers[v], v};
-            number += powers[v] >= floor && v >= EOS;
+            number += powers[v] >= floor && v >= EOS && v < vocabulary;
         }
     }
     return number;
@@ -505,8 +505,10 @@ INLINE int choose_body(const bolt_model *m, float *logits, const bolt_settings *
         return best;
     }
     float total = sum_powers(logits, m->row, top, 1 / how->temperature, powers);
-    for (float floor = 1e-3f; floor > 1e-36f; floor *= 1e-3f) {  /* look at no more of the unlikely ones than needed */
-        count = collect(powers, m->row, floor, found);
+    int all = limit == V && how->top_p >= 1;
+    for (float floor = all ? 1e-12f : 1e-3f; floor > 1e-36f; floor *= 1e-3f) {  /* no more of the unlikely than needed */
+        count = collect(powers, V, floor, found);
+        if (all) break;
         if (count >= limit || (limit == V && mass_of(found, count) >= how->top_p * total)) break;
     }
     if (limit < V) {
@@ -1056,17 +1058,18 @@ typedef int bolt_listener(void *context, int story, int id);
 /* Write on after `stories` prompts (BOS first; one behind the other, `lengths` of them), each up to EOS or the most tokens,
  * as many at once as the state has texts; story n draws with seed + n. ids: room for how->tokens a story; bits: as much, the
  * surprise of each id; counts: how many ids were written; finished: whether the model ended the story itself; listener: told
- * of each id, may be NULL, ends its story by returning something else than 0. Returns -1 without memory. */
+ * of each id, may be NULL, ends its story by returning something else than 0. After how->stop, counts and finished are set of some stories only.
+ * Returns -1 without memory. */
 int bolt_generate(bolt_state *s, int stories, const uint16_t *prompts, const long *lengths, const bolt_settings *how,
                   uint16_t *ids, float *bits, long *counts, int *finished, bolt_listener *listener, void *context) {
     const bolt_model *m = s->model;
-    float *logits = malloc(4 * (size_t)m->row * (s->texts + 1)), *powers = logits + (size_t)m->row * s->texts;
+    float *logits = malloc(4 * (size_t)m->row * s->texts), *powers = malloc(4 * (size_t)m->row);
     candidate *found = malloc(sizeof(candidate) * (size_t)(m->row + 1));
     const uint16_t *prompt[LANES];
     uint16_t next[LANES] = {0};
     uint64_t seed[LANES];
     long read[LANES];
-    int story[LANES], begun = 0, ended = 0, good = logits && found;
+    int story[LANES], begun = 0, ended = 0, good = logits && powers && found;
     for (int t = 0; t < LANES; t++) story[t] = -1;
     while (good && ended < stories && !(how->stop && *how->stop)) {
         int wanted = 0;
@@ -1096,6 +1099,7 @@ int bolt_generate(bolt_state *s, int stories, const uint16_t *prompts, const lon
         }
     }
     free(logits);
+    free(powers);
     free(found);
     return good ? 0 : -1;
 }

@@ -32,7 +32,7 @@ WORTHWHILE = 10  # stories from which on LANES side by side are faster than one 
 
 
 class NoRuntime(FlashLMError):
-    """bolt.c cannot be built here; PyTorch computes the same, more slowly."""
+    """What a runtime needs cannot be built here; PyTorch computes the same, more slowly."""
 
 
 class _Settings(ctypes.Structure):
@@ -197,7 +197,7 @@ class Bolt:
     def _in_threads(do: Callable, things: Sequence, stop: ctypes.c_int | None = None) -> list:
         """Each thing done, in order, as many at once as there are cores; C does not hold Python up.
 
-        stop: becomes 1 if this is interrupted or one of them fails, so that the others need not be waited for.
+        stop: becomes 1 if this is interrupted, so that they need not be waited for.
         """
         with ThreadPoolExecutor(usable_cores()) as pool:
             try:
@@ -238,10 +238,12 @@ class Bolt:
         @_Listener
         def tell(_, story, token):
             try:
-                listener(start + story, token)
+                if not settings.stop.contents.value:
+                    listener(start + story, token)
             except BaseException as error:  # C cannot pass it on
                 raised.append(error)
-            return len(raised)
+                settings.stop.contents.value = 1
+            return settings.stop.contents.value
 
         with self._state(LANES if len(stories) >= WORTHWHILE else 1) as state:
             failed = self._bolt.bolt_generate(state, len(stories), np.concatenate(read), lengths, settings, ids, bits,
@@ -250,6 +252,8 @@ class Bolt:
             raise raised[0]
         if failed:
             raise MemoryError
+        if settings.stop.contents.value:  # nobody will read them
+            return
         for n, story in enumerate(stories):
             story.ids, story.surprise = ids[n, : counts[n]].tolist(), bits[n, : counts[n]].tolist()
             story.finished, story.text = bool(finished[n]), story.prompt + self.decode(story.ids)

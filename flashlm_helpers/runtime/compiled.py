@@ -26,10 +26,11 @@ class _ByteLinear(nn.Module):
 
 
 class CompiledModel:
-    """A FlashLM for generation.stream(): the same logits, several times as fast where one story is written.
+    """A FlashLM for generation.stream(): the same logits up to rounding, faster where one story is written.
 
-    A token takes as long as its weights take to be read, and these are a quarter as large. Compiling takes some ten
-    seconds at first, less when data/compiled has its result; texts of several ids, and several texts, run as ever.
+    A token takes as long as its weights take to be read, and the ternary ones are a quarter as large. Compiling takes
+    some ten seconds at first, less when data/compiled has its result; texts of several ids, and several texts, run as
+    ever.
     Raises NoRuntime, in one line, if there is no C++ compiler or it fails.
     """
 
@@ -41,10 +42,13 @@ class CompiledModel:
         ternary = all(layer.ternary for layer in model.modules() if isinstance(layer, BitLinear))
         self._small = freeze_ternary(model, _ByteLinear) if ternary else self._frozen
         self._step = torch.compile(self._one, dynamic=False)
+        with torch.inference_mode():
+            ids = torch.zeros(1, 1, dtype=torch.long)
+            past = self.read(ids)[1]
         try:
-            with torch.inference_mode(), torch._dynamo.config.patch(suppress_errors=False):
-                ids = torch.zeros(1, 1, dtype=torch.long)
-                self.read(ids, self.read(ids)[1])
+            with torch.inference_mode(), torch._dynamo.config.patch(
+                    suppress_errors=False, recompile_limit=64, fail_on_recompile_limit_hit=True):
+                self.read(ids, past)
         except Exception as error:  # a compiler that is there need not work
             raise NoRuntime(compile_failure(error)) from error
 
@@ -53,7 +57,10 @@ class CompiledModel:
         return self._small.head(hidden), past
 
     def read(self, ids: Tensor, past: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """ids (B, T), and the states before them; returns logits (B, T, V) and the states after them."""
+        """ids (B, T), and the states before them; returns the logits (B, 1, V) of what follows, and the states then.
+
+        To be called in inference mode, which the program is compiled for.
+        """
         if past is None or ids.shape != (1, 1):
             hidden, past = self._frozen.hidden(ids, past)
             return self._frozen.head(hidden[:, -1:]), past
