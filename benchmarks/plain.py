@@ -1,7 +1,8 @@
-"""FlashLM the plain way, the reference for speed: float32, eager, conv1d, all logits at once, AdamW unfused.
+"""FlashLM the plain way, the reference for speed.
 
-Parameters have the shapes and names of flashlm_helpers.model.FlashLM's, so one takes over the other's weights: what
-differs is only how the sums are carried out.
+float32, eager, conv1d, all logits at once, AdamW unfused. Parameters have the shapes and names of
+flashlm_helpers.model.FlashLM's, so one can load the other's weights: the only difference is how the
+sums are computed.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from flashlm_helpers.config import ModelConfig, TrainConfig
 from flashlm_helpers.generation import sampling_distribution
-from flashlm_helpers.optimization import make_optimizer
+from flashlm_helpers.optimization import build_optimizer
 from flashlm_helpers.quantization import BitLinear
 from flashlm_helpers.vocab import BOS, EOS, Vocabulary
 
@@ -23,7 +24,8 @@ class PlainBitLinear(BitLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         scale = self.weight.abs().mean()
-        quantized = (self.weight / (scale + 1e-8)).round().clamp(-1, 1) * scale
+        ternary = (self.weight / (scale + 1e-8)).round().clamp(-1, 1)
+        quantized = ternary * scale
         return F.linear(x, self.weight + (quantized - self.weight).detach())
 
 
@@ -33,7 +35,9 @@ class PlainMixer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.project_in = PlainBitLinear(config.width, 2 * config.width)
-        self.taps = nn.Parameter(torch.randn(config.kernel_size, config.width) * config.kernel_size**-0.5)
+        self.taps = nn.Parameter(
+            torch.randn(config.kernel_size, config.width) * config.kernel_size**-0.5
+        )
         self.project_out = PlainBitLinear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,8 +68,10 @@ class PlainBlock(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.mixer_norm, self.glu_norm = (nn.RMSNorm(config.width, eps=1e-6) for _ in range(2))
-        self.mixer, self.glu = PlainMixer(config), PlainGLU(config)
+        self.mixer_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.mixer = PlainMixer(config)
+        self.glu_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.glu = PlainGLU(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -92,26 +98,39 @@ class PlainFlashLM(nn.Module):
 
     def loss(self, ids: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
         """Mean cross-entropy in nats."""
-        return F.cross_entropy(self(ids).flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index)
+        return F.cross_entropy(
+            self(ids).flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index
+        )
 
 
 def plain_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """The recipe of make_optimizer() by an AdamW that does one small operation after another."""
-    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]}
-              for group in make_optimizer(model, config).param_groups]
+    """The recipe of build_optimizer() by an AdamW that does one small operation after another."""
+    groups = []
+    for group in build_optimizer(model, config).param_groups:
+        groups.append({"params": group["params"], "weight_decay": group["weight_decay"]})
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
 
 
 @torch.no_grad()
-def plain_generate(model: PlainFlashLM, vocabulary: Vocabulary, prompt: str, tokens: int, seed: int, temperature: float,
-                   top_k: int, top_p: float) -> int:
-    """Write a story by computing the whole window anew for each token; returns how many tokens were written."""
+def plain_generate(
+    model: PlainFlashLM,
+    vocabulary: Vocabulary,
+    prompt: str,
+    tokens: int,
+    seed: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> int:
+    """Write a story by computing the whole window for each token; return the number of tokens."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.tensor([[BOS, *vocabulary.encode(prompt)]])
     read = ids.shape[1]
     while ids.shape[1] < read + tokens:
         logits = model(ids[:, -model.config.sequence_length :])[:, -1]
-        chosen = torch.multinomial(sampling_distribution(logits, temperature, top_k, top_p), 1, generator=draw)
+        chosen = torch.multinomial(
+            sampling_distribution(logits, temperature, top_k, top_p), 1, generator=draw
+        )
         ids = torch.cat([ids, chosen], dim=1)
         if int(chosen) == EOS:
             break
