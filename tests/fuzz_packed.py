@@ -1,9 +1,10 @@
-"""Throw damaged and hostile packed files at bolt.c, built with the address and undefined-behaviour sanitizers.
+"""Throw damaged and hostile packed files at bolt.c, built with sanitizers.
 
     python tests/fuzz_packed.py --files 10000
 
-Each file must be refused (status 2 and one line) or run (status 0), in a few seconds. Most of them have their checksums
-made to fit again, so that what is checked after those is reached.
+The sanitizers are those of addresses and undefined behaviour. Each file must be refused (status 2
+and one line) or run (status 0), in a few seconds. Most of them have their checksums made to fit
+again, so that the checks behind those are reached.
 """
 
 import argparse
@@ -17,9 +18,11 @@ import tempfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-HEADER, ENCODING = 192, 203_600  # bytes of the header, and about those of GPT-2's encoding at the end
+HEADER = 192  # bytes
+ENCODING = 203_600  # bytes of GPT-2's encoding at the end, about
 # Opens a model, and scores a text, and writes 2 stories one by one or 20 in 16 places.
 DRIVER = """
 #define BOLT_LIBRARY
@@ -34,18 +37,21 @@ int main(int count, char **words) {
     size_t size = strlen(words[2]);
     uint16_t prompts[20 * 200], ids[20 * 4];
     long lengths[20], counts[20];
-    float bits[20 * 4], nats[200];
+    float surprise[20 * 4], entropy[20 * 4], nats[200];
     for (int n = 0, at = 0; n < stories; at += lengths[n++]) {
         prompts[at] = BOS;
-        lengths[n] = 1 + bolt_encode(m, (const uint8_t *)words[2], size - (size_t)n, prompts + at + 1);
+        const uint8_t *text = (const uint8_t *)words[2];
+        lengths[n] = 1 + bolt_encode(m, text, size - (size_t)n, prompts + at + 1);
     }
     bolt_state *s = bolt_start(m, texts), *one = bolt_start(m, 1);
     if (s && one) {
-        bolt_generate(s, stories, prompts, lengths, &how, ids, bits, counts, finished, NULL, NULL);
+        bolt_generate(s, stories, prompts, lengths, &how, ids, surprise, entropy, counts,
+                      finished, NULL, NULL);
         for (int n = 0; n < 4 * stories; n++) {
-            uint8_t text[LONGEST_TOKEN];
-            if (n % 4 < counts[n / 4] && (ids[n] < SPECIALS || ids[n] >= bolt_vocabulary(m))) abort();
-            if (n % 4 < counts[n / 4]) bolt_token(m, ids[n], text);
+            uint8_t text[MAX_TOKEN_BYTES];
+            if (n % 4 >= counts[n / 4]) continue;
+            if (ids[n] < SPECIALS || ids[n] >= bolt_vocabulary(m)) abort();
+            bolt_token(m, ids[n], text);
         }
         bolt_score(one, prompts, lengths[0], nats);
     }
@@ -77,7 +83,7 @@ def mutate(content: bytes, numbers: random.Random) -> bytes:
         del hostile[numbers.randrange(len(hostile)) :]
     elif kind == 2:
         hostile += bytes(numbers.randrange(1, 100))
-    else:  # bytes: of the header, of the weights, of the encoding, of the classes of characters at its end
+    else:  # bytes of the header, the weights, the encoding, or the classes of characters
         borders = (8, HEADER, len(content) - ENCODING, len(content) - 3_600, len(content))
         first, last = borders[kind - 3 : kind - 1]
         for _ in range(numbers.choice([1, 2, 8, 64])):
@@ -91,12 +97,23 @@ def build(source: Path, program: Path) -> None:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
     driver = program.with_suffix(".c")
     driver.write_text(DRIVER.replace("SOURCE", str(source)))
-    subprocess.run([compiler, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", str(driver),
-                    "-o", str(program)], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-O1",
+            "-g",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            str(driver),
+            "-o",
+            str(program),
+        ],
+        check=True,
+    )
 
 
 def fuzz(program: Path, contents: list[bytes], files: int, seed: int = 0) -> Counter:
-    """How many files were refused and how many ran; raises AssertionError for one that did anything else."""
+    """Count the files that were refused and that ran; AssertionError for anything else."""
 
     def one(number: int) -> str:
         numbers = random.Random(f"{seed}-{number}")
@@ -104,15 +121,34 @@ def fuzz(program: Path, contents: list[bytes], files: int, seed: int = 0) -> Cou
             file.write(mutate(numbers.choice(contents), numbers))
             file.flush()
             prompt = "\U0001f642 Once, you're \u3000 42 ! as a bird  now"
-            words = [program, file.name, prompt, numbers.choice(["0", "1", "1e9", "3e38"]),
-                     numbers.choice(["1", "16"]), numbers.choice(["0", "3", "50"]),
-                     numbers.choice(["1e-30", "0.9", "1"])]
-            done = subprocess.run(words, capture_output=True, timeout=120,
-                                  env=os.environ | {"ASAN_OPTIONS": "allocator_may_return_null=1",
-                                                    "BOLT_KERNELS": numbers.choice(["portable", "avx2", "avx512"])})
+            words = [
+                program,
+                file.name,
+                prompt,
+                numbers.choice(["0", "1", "1e9", "3e38"]),
+                numbers.choice(["1", "16"]),
+                numbers.choice(["0", "3", "50"]),
+                numbers.choice(["1e-30", "0.9", "1"]),
+            ]
+            done = subprocess.run(
+                words,
+                capture_output=True,
+                timeout=120,
+                env=os.environ
+                | {
+                    "ASAN_OPTIONS": "allocator_may_return_null=1",
+                    "BOLT_KERNELS": numbers.choice(["portable", "avx2", "avx512"]),
+                },
+            )
         told = done.returncode == 0 and not done.stderr
-        refused = done.returncode == 2 and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
-        assert told or refused, f"file {number} of seed {seed}: {done.returncode} {done.stderr[-2000:]}"
+        refused = (
+            done.returncode == 2
+            and done.stderr.startswith(b"error: ")
+            and done.stderr.count(b"\n") == 1
+        )
+        assert told or refused, (
+            f"file {number} of seed {seed}: {done.returncode} {done.stderr[-2000:]}"
+        )
         return "ran" if told else "refused"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -120,17 +156,27 @@ def fuzz(program: Path, contents: list[bytes], files: int, seed: int = 0) -> Cou
 
 
 def small_models(folder: Path) -> list[bytes]:
-    """Packed files of a model with attention and of one without, as small as they can be."""
-    from flashlm_helpers.config import ModelConfig
-    from flashlm_helpers.corpus import open_corpus
-    from flashlm_helpers.model import FlashLM
+    """Pack a model with attention and one without, as small as they can be."""
+    import flashlm_helpers as fl
     from flashlm_helpers.runtime.packed import save_packed
-    from flashlm_helpers.vocab import Vocabulary
 
-    vocabulary, contents = Vocabulary.build(open_corpus("builtin", None, 50).stories("train"), 405), []
-    for bits, more in ((8, {}), (32, {"attention": (1,), "heads": 2, "window": 5, "layer_scale": True})):
-        model = FlashLM(ModelConfig("small", 32, 2, 16, 32, kernel_size=3, vocabulary_size=len(vocabulary), **more))
-        save_packed(folder / "small", model, vocabulary, bits)
+    stories = fl.open_corpus("builtin", 50).stories("train")
+    vocabulary = fl.Vocabulary.build(stories, 405)
+    small = fl.ModelConfig(
+        "small",
+        width=32,
+        blocks=2,
+        hidden=16,
+        sequence_length=32,
+        kernel_size=3,
+        vocabulary_size=len(vocabulary),
+    )
+    hybrid = replace(small, mixers=("conv", "attention"), heads=2, window=5, layer_scale=True)
+
+    contents = []
+    for bits, config in ((8, small), (32, hybrid)):
+        model = fl.PyTorchModel(fl.FlashLM(config), vocabulary)
+        save_packed(folder / "small", model, bits)
         contents.append((folder / "small").read_bytes())
     return contents
 
@@ -144,4 +190,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         build(SOURCE, Path(name) / "bolt")
-        print(dict(fuzz(Path(name) / "bolt", small_models(Path(name)), args.files, args.seed)), file=sys.stderr)
+        print(
+            dict(fuzz(Path(name) / "bolt", small_models(Path(name)), args.files, args.seed)),
+            file=sys.stderr,
+        )

@@ -1,15 +1,17 @@
-/* Runs packed FlashLM models. One file, C11 with the vectors of GCC and Clang, no library but the C library itself:
+/* Run a packed FlashLM model: one file of C11 with the vector types of GCC and Clang, and no
+ * library besides the C library.
  *
  *     cc -O3 bolt.c -o bolt && ./bolt model.flashlm "Once upon a time"
  *
- * (GCC notes that passing vectors has changed; here they are passed between inlined functions only.)
+ * The ternary layers never multiply by a weight. Any three weights of -1, 0 or +1 select one of 27
+ * sums of three inputs. For each token we make these sums once, by additions and subtractions; then
+ * every row of the matrix looks up its own and adds them. One scale per layer is multiplied in last.
  *
- * The ternary layers make no multiplication by a weight. Three weights have 27 possible values, so for every three inputs
- * there are 27 possible sums; they are made once by additions and subtractions, and then each row of the matrix looks its
- * own up and adds it. One scale a layer is multiplied in at the end. packed.py describes the file.
+ * We run B texts at once, where B is 1 or 16. Activations of n channels have the shape (n, B), so
+ * 16 floats in a row are 16 channels of one text, or one channel of 16 texts. One and the same loop
+ * serves both.
  *
- * A state writes one text, or 16 side by side. What a text keeps of n channels are n floats, of 16 texts n times 16: the
- * same loops take 16 floats at a time, which are 16 channels of one text or one channel of 16 texts.
+ * Shapes: B texts, D width, H hidden, K kernel size, V vocabulary. packed.py describes the file.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
@@ -26,98 +28,223 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+// GCC notes that its way of passing these vectors has changed. Only inlined functions pass them.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-enum {
-    PAD, UNK, BOS, EOS, SPECIALS,
-    VERSION = 1, HEADER = 192, ALIGNMENT = 64, BYTES = 256, MERGES = 50000, CLASSES = 3,
-    LANES = 16,             /* rows of a tile, and texts side by side: the floats of a register of AVX-512 */
-    TILES = 4,              /* tiles come in fours, the last rows of which may be none of the matrix */
-    TABLE = 32,             /* room of a table of sums, of which 27 are used */
-    NEGATIVE = 16,          /* where those begin that have their signs turned */
-    TOGETHER = 16,          /* tables made at once for 16 texts: they fit the fastest cache */
-    LONGEST_TOKEN = 1024,   /* bytes; GPT-2's own longest has 128 */
-};
-#define LARGEST_FILE (1u << 30)  /* bytes */
-#define LARGEST_STATE (1u << 26) /* floats, of one text */
-#define NONE 0xFFFFFFFFu
-#define LOWEST (-__builtin_inff())
+#define INLINE static inline __attribute__((always_inline))
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec8 __attribute__((vector_size(4 * LANES / 2)));
-typedef float vec4 __attribute__((vector_size(4 * LANES / 4)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+// Every vocabulary starts with these ids. Their text is empty.
+enum { PAD, UNK, BOS, EOS, SPECIALS };
+
+// Kinds of characters. The file lists the first three.
+enum { LETTER, DIGIT, SPACE, LISTED_KINDS, OTHER = LISTED_KINDS };
+
+enum {
+    LANES = 16,              // floats of a vector, rows of a tile, texts side by side
+    TILES = 4,               // tiles come in fours; the last rows may lie beyond the matrix
+    TABLE = 32,              // room of a table of 27 sums
+    NEGATIVE = 16,           // entry 16 + k of a table is minus entry k
+    OUT_OF_REACH = 1 << 30,  // distance of a slot that a text cannot see
+    GROUPS_AT_ONCE = 16,     // tables of 16 texts made at once: 32 KB, to stay in the fastest cache
+};
+
+// The file format, and the limits that packed.py keeps to.
+enum {
+    VERSION = 1,
+    ALIGNMENT = 64,          // every section starts at a multiple of 64 bytes
+    BYTES = 256,
+    MERGES = 50000,
+    GPT2_IDS = BYTES + MERGES,
+    MAX_WIDTH = 8192,
+    MAX_HEADS = 8192,
+    MAX_HEAD_WIDTH = 4096,
+    MAX_BLOCKS = 64,
+    MAX_HIDDEN = 65536,
+    MAX_SEQUENCE = 1 << 20,
+    MAX_KERNEL = 64,
+    MAX_WINDOW = 65536,
+    MIN_VOCABULARY = SPECIALS + BYTES,
+    MAX_VOCABULARY = 50260,
+    MIN_ENCODING = BYTES + 4 * MERGES,
+    MAX_ENCODING = 1 << 20,
+    MAX_TOKEN_BYTES = 1024,  // the longest token of GPT-2 has 128
+    MAX_FILE_BYTES = 1 << 30,
+    MAX_STATE_FLOATS = 1 << 26,
+};
+
+typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
+typedef float vec8 __attribute__((vector_size(32), may_alias));
+typedef float vec4 __attribute__((vector_size(16), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), may_alias));
 typedef int8_t bytes __attribute__((vector_size(LANES)));
 
+// The start of the file: 192 bytes, little-endian.
 typedef struct {
-    int rows, cols, groups, tiles;
-    float scale[2];     /* of the first and of the second half of the rows: they may come from two layers */
-    uint8_t *codes;     /* (tiles, groups, LANES): three weights each, see DEFINE_TABLES */
+    char magic[8];              // "FLASHLM" and a zero
+    uint32_t version;
+    uint32_t header_checksum;   // CRC-32 of what follows in the header
+    uint64_t file_bytes;
+    uint32_t content_checksum;  // CRC-32 of what follows the header
+    int32_t width;              // D
+    int32_t blocks;
+    int32_t hidden;             // H
+    int32_t sequence_length;
+    int32_t kernel_size;        // K
+    int32_t vocabulary_size;    // V
+    int32_t heads;              // of attention
+    int32_t window;             // of attention, in tokens
+    int32_t layer_scale;        // 0 or 1: whether the blocks scale their outputs
+    int32_t embedding_bits;     // 8 or 32
+    int32_t encoding_bytes;     // of the last section
+    uint64_t attention;         // bit n: whether block n attends
+    char name[32];
+    uint8_t vocabulary_hash[32];
+    uint8_t unused[48];
+} header;
+_Static_assert(sizeof(header) == 192, "the header of the file has no gaps");
+
+/* A ternary layer. Its codes lie in the order in which the kernels read them:
+ *
+ *              group 0 (inputs 0-2)    group 1 (inputs 3-5)    ...
+ *            +-----------------------+-----------------------+----
+ *     tile 0 | codes of rows  0 - 15 | codes of rows  0 - 15 | ...     16 bytes per cell,
+ *            +-----------------------+-----------------------+----     one cell after another
+ *     tile 1 | codes of rows 16 - 31 | codes of rows 16 - 31 | ...
+ *            +-----------------------+-----------------------+----
+ *
+ * A code is the three weights that a row has for the inputs of a group, and the place of their sum
+ * in the group's table: see make_tables().
+ */
+typedef struct {
+    int rows;                   // outputs
+    int cols;                   // inputs
+    int groups;                 // of three inputs, rounded up
+    int tiles;                  // of 16 rows, rounded up to a multiple of TILES
+    float scale[2];             // of the upper and lower half of the rows, as gate and up share a layer
+    uint8_t *codes;             // (tiles, groups, 16)
 } ternary;
 
+/* The embedding lies in tiles of 16 ids. With 32 bits, a cell is one channel of 16 ids; with 8 bits,
+ * it is four channels of each, so that the bytes of an id make one 32-bit integer:
+ *
+ *     32 bits  | id 0: d0         | id 1: d0         | ... | id 15: d0         |  then channel d1 ...
+ *      8 bits  | id 0: d0 d1 d2 d3 | id 1: d0 d1 d2 d3 | ... | id 15: d0 d1 d2 d3 |  then d4 to d7 ...
+ */
+INLINE size_t embedding_index(int id, int d, int width, int channels_per_cell) {
+    size_t cells = (size_t)(id / LANES) * (width / channels_per_cell) + d / channels_per_cell;
+    return (cells * LANES + id % LANES) * channels_per_cell + d % channels_per_cell;
+}
+
+INLINE size_t code_index(const ternary *layer, int row, int group) {
+    return ((size_t)(row / LANES) * layer->groups + group) * LANES + row % LANES;
+}
+
 typedef struct {
-    int attention;
-    const float *mixer_norm, *glu_norm, *layer_scale, *taps;
-    ternary in, out, gate_up, down;
-    size_t state;       /* where its part of a state starts, for one text */
+    int attends;                // whether its mixer is attention, or else a gated convolution
+    const float *mixer_norm;    // (D)
+    const float *glu_norm;      // (D)
+    const float *layer_scale;   // (2, D) of the mixer and of the GLU, or NULL
+    const float *taps;          // (K, D), or (K, 3D) before attention
+    const float *scales;        // (5) of the layers as packed
+    const uint8_t *packed[5];   // in, out, gate, up, down: five weights per byte
+    ternary in;                 // D -> 2D: gate, value; or D -> 4D: query, key, value, gate
+    ternary out;                // D -> D
+    ternary gate_up;            // D -> 2H
+    ternary down;               // H -> D
+    size_t state;               // where its part of bolt_state.memory starts, in floats per text
 } block;
+
+// GPT-2's byte-pair encoding, and those of its ids that this vocabulary keeps.
+typedef struct {
+    uint8_t byte_of[BYTES];     // byte of each GPT-2 id below 256
+    uint8_t id_of[BYTES];       // GPT-2 id of each byte
+    const uint16_t *merges;     // (MERGES, 2) the two ids that each id from 256 on is merged from
+    uint64_t *pairs;            // (MERGES) left << 32 | right << 16 | number, sorted
+    uint16_t *length;           // (GPT2_IDS) in bytes
+    const uint16_t *kept;       // (V - SPECIALS) GPT-2 id of each of our ids
+    uint16_t *ours;             // (GPT2_IDS) our id of each GPT-2 id, or 0
+    uint16_t first[BYTES];      // our first id that starts with a byte
+    uint16_t *next;             // (V) our next id that starts with the same byte, or 0
+    uint32_t *ranges[LISTED_KINDS];  // (counts, 2) first and last code point of each range
+    int counts[LISTED_KINDS];
+} tokenizer;
 
 typedef struct kernels kernels;
 
-typedef struct { float p; int id; } candidate;
-
 typedef struct {
-    int tokens;             /* the most to write */
-    float temperature;      /* 0: greedy */
-    int top_k;              /* 0: all */
-    float top_p;            /* 1: all */
-    uint64_t seed;
-    const volatile int *stop;  /* may be NULL; all writing ends when another thread makes it something else than 0 */
-} bolt_settings;
-
-typedef struct {
-    const uint8_t *file;
-    size_t size, state_floats;
-    int width, blocks, hidden, kernel, vocabulary, heads, window, bits;
-    int row, slots;                     /* vocabulary and window, rounded up to LANES */
-    block *block;
-    const float *norm, *embedding32;    /* embedding: in tiles of LANES ids, (row / LANES, width, LANES), */
-    const int8_t *embedding8;           /* at 8 bits (row / LANES, width / 4, LANES, 4) */
-    float *scales;                      /* of the embedding's rows */
-    const kernels *run;
-    const uint16_t *kept, *merges;      /* GPT-2's ids of ours; what its ids from 256 on are merged from */
-    uint64_t *pairs;                    /* the merges as left, right, number: sorted, to be found by what they merge */
-    uint16_t *direct, *length, *next;   /* ours of GPT-2's ids (0: none), their bytes, our next id with the same first byte */
-    uint16_t first[BYTES];              /* our ids by first byte */
-    uint8_t byte_of[BYTES], id_of[BYTES];
-    uint32_t *classes[CLASSES];         /* letters, digits, white space: first and last code point of each range */
-    int ranges[CLASSES];
+    char why[200];              // why it cannot be used, if so
+    const uint8_t *file;        // mapped into memory
+    size_t size;
+    uint64_t taken;             // bytes of the file that take() has handed out
+    header header;
+    int row;                    // V rounded up to a multiple of 16: floats between rows of logits
+    int slots;                  // window rounded up likewise: room for keys and values
+    size_t state_floats;        // that one text remembers
+    block *blocks;              // (blocks)
+    const uint8_t *encoding;    // (encoding_bytes) the last section
+    const float *norm;          // (D)
+    const uint16_t *halves;     // (V) scales of the ids as bfloat16, with 8 bits
+    const float *embedding32;   // (row / 16, D, 16), or NULL
+    const int8_t *embedding8;   // (row / 16, D / 4, 16, 4), or NULL
+    float *scales;              // (row) of the ids' bytes in embedding8
+    tokenizer tokenizer;
+    const kernels *run;         // for this processor
 } bolt_model;
 
 typedef struct {
     const bolt_model *model;
-    int texts;          /* 1 or LANES */
-    long position, start[LANES];  /* of all texts, and where each began */
-    float *memory, *scratch;
+    int texts;                  // B: 1 or 16
+    long position;              // tokens read so far
+    long start[LANES];          // position at which each text began
+    float *memory;              // (state_floats, B)
+    // What follows holds one token.
+    float *x;                   // (D, B) residual stream
+    float *input;               // (max(D, H), B) of a ternary layer
+    float *output;              // (max(2H, 4D), B) of a ternary layer
+    float *mixed;               // (3D, B) query, key and value after their convolution
+    float *attention;           // (slots, B) weights of one head
+    float *distance;            // (slots, B) tokens back to each slot
+    float *tables;              // (groups, 32), or (GROUPS_AT_ONCE, 32, 16)
 } bolt_state;
 
-static int fail(char *error, size_t room, const char *format, ...) {  /* one line, whatever is in a file's name */
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(error, room, format, arguments);
-    va_end(arguments);
-    for (; *error; error++)
-        if ((unsigned char)*error < ' ') *error = ' ';
-    return -1;
+typedef struct {
+    int tokens;                 // to write at most
+    float temperature;          // 0: greedy
+    int top_k;                  // 0: all
+    float top_p;                // 1: all
+    uint64_t seed;
+    const volatile int *stop;   // writing stops when another thread sets it to 1; may be NULL
+} bolt_settings;
+
+typedef struct {
+    float weight;               // probability, not yet divided by the sum of all
+    int id;
+} candidate;
+
+// What the model thought of an id, in nats.
+typedef struct {
+    float surprise;             // -ln p of the id
+    float entropy;              // mean of -ln p over all ids
+} information;
+
+static size_t round_up(size_t number, size_t step) {
+    return (number + step - 1) / step * step;
 }
 
-static size_t rounded(size_t number, size_t step) { return (number + step - 1) / step * step; }
+static int max_int(int a, int b) {
+    return a > b ? a : b;
+}
 
-/* ---- arithmetic, without a mathematical library ---- */
+static int min_int(int a, int b) {
+    return a < b ? a : b;
+}
 
-#define INLINE static inline __attribute__((always_inline))
-#define APART __attribute__((noinline))  /* a function of its own, so that its machine code can be looked at */
-#define SPLAT(x) ((x) - (vec){0})
+/* ---- arithmetic, without a mathematical library -------------------------------------------- */
+
+INLINE vec splat(float x) {
+    return x + (vec){0};
+}
 
 INLINE vec load(const float *p) {
     vec v;
@@ -125,21 +252,38 @@ INLINE vec load(const float *p) {
     return v;
 }
 
-INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+INLINE void store(float *p, vec v) {
+    memcpy(p, &v, sizeof v);
+}
 
-INLINE vec choose_lanes(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+INLINE vec choose_lanes(ivec mask, vec yes, vec no) {
+    return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
+}
 
-INLINE float sum_of(vec v) {
+// A comparison with NaN is false, so NaN becomes `least`.
+INLINE vec at_least(vec x, float least) {
+    return choose_lanes(x > least, x, splat(least));
+}
+
+INLINE vec at_most(vec x, float most) {
+    return choose_lanes(x < most, x, splat(most));
+}
+
+INLINE float sum_lanes(vec v) {
     float total = 0;
     for (int lane = 0; lane < LANES; lane++) total += v[lane];
     return total;
 }
 
+// e^x = 2^n e^r, where n is the nearest integer to x / ln 2: a shifted exponent times a polynomial.
 INLINE vec exponential(vec x) {
-    x = choose_lanes(x > SPLAT(-87.0f), x, SPLAT(-87.0f));  /* also what is no number */
-    x = choose_lanes(x < SPLAT(88.0f), x, SPLAT(88.0f));
-    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  /* rounded: beyond 1.5 * 2^23 there are no fractions */
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f, p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    x = at_most(at_least(x, -87.0f), 88.0f);
+
+    // Floats beyond 1.5 * 2^23 have no fractions, so adding that much rounds.
+    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
@@ -148,997 +292,1627 @@ INLINE vec exponential(vec x) {
     return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
 }
 
-INLINE vec inverse_root(vec x) {  /* of positive, normal numbers */
+// 1 / sqrt(x) of positive, normal numbers: a guess from the exponent, then Newton's method.
+INLINE vec inverse_root(vec x) {
     vec y = (vec)(0x5F3759DF - ((ivec)x >> 1));
     for (int n = 0; n < 4; n++) y *= 1.5f - 0.5f * x * y * y;
     return y;
 }
 
-static double logarithm(double x) {  /* of a positive, normal number */
+// ln x of a positive, normal number: its exponent, and a series for its mantissa.
+static double logarithm(double x) {
     union { double value; uint64_t bits; } u = {.value = x};
     int exponent = (int)(u.bits >> 52) - 1023;
     u.bits = (u.bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull;
-    double t = (u.value - 1) / (u.value + 1), sum = 0;
+
+    double t = (u.value - 1) / (u.value + 1);
+    double sum = 0;
     for (int k = 27; k > 0; k -= 2) sum = sum * t * t + 1.0 / k;
     return 2 * t * sum + exponent * 0.69314718055994530942;
 }
 
-/* ---- one token of S texts: these loops are compiled once for each kind of processor, see INSTANCE below ---- */
+/* ---- one token of B texts ------------------------------------------------------------------ */
 
-/* Of a parameter for each channel, what floats i to i + 15 of a text's or 16 texts' channels take. */
-INLINE vec per_channel(const float *p, int i, const int S) { return S == 1 ? load(p + i) : SPLAT(p[i / LANES]); }
+// What differs between processors. The bodies below are inlined once into each kernel's functions,
+// with B as a constant; see "kernels".
+struct kernels {
+    const char *name;
+    void (*look_up)(const ternary *layer, const float *tables, float *y);
+    void (*look_up_16)(const ternary *layer, int from, int count, const float *tables, float *y);
+    void (*add_products)(ivec *sums, const int8_t *cell, int odd, int32_t pair);
+    void (*step)(bolt_state *s, const uint16_t *ids, float *logits);
+    int (*choose)(const bolt_model *m, float *logits, const bolt_settings *how, uint64_t *seed,
+                  float *weights, candidate *found, information *about);
+    float (*score)(const bolt_model *m, const float *logits, int id);
+};
 
-/* Of a number that each text has, the n-th. */
-INLINE vec per_text(const float *p, int n, const int S) { return S == 1 ? SPLAT(p[n]) : load(p + n * LANES); }
+// Multiply v, floats i to i + 15 of activations (n, B), by a parameter (n) of their channels.
+INLINE vec times_channel(vec v, const float *p, int i, const int B) {
+    if (B == 1) return v * load(p + i);
+    return v * p[i / LANES];
+}
 
-/* The 27 sums of every three inputs, each chosen with -1, 0 or 1; by additions and subtractions only. Half of them are the
- * other half with their signs turned: entry k, of 1 to 13, is k written with digits of -1, 0 and 1, and entry 16 + k is -k. */
-#define DEFINE_TABLES(NAME, NUMBER)                                                                                    \
-    INLINE void NAME(const NUMBER *x, int count, NUMBER *tables) {                                                     \
-        const NUMBER zero = {0};                                                                                       \
-        for (int i = 0; i < count; i += 3, tables += TABLE) {                                                          \
-            NUMBER a = x[i], b = i + 1 < count ? x[i + 1] : zero, c = i + 2 < count ? x[i + 2] : zero;                 \
-            NUMBER sums[14] = {zero, a, b - a, b, b + a};                                                              \
-            for (int k = 5; k <= 13; k++) sums[k] = k < 9 ? c - sums[9 - k] : c + sums[k - 9];                         \
-            for (int k = 0; k < 14; k++) tables[k] = sums[k], tables[k + NEGATIVE] = zero - sums[k];                   \
-        }                                                                                                              \
-    }
-DEFINE_TABLES(make_tables, float)
-DEFINE_TABLES(make_wide_tables, vec)
+// Multiply v, 16 channels of one text or one of 16 texts, by number n of each text: p (n, B).
+INLINE vec times_text(vec v, const float *p, int n, const int B) {
+    if (B == 1) return v * p[n];
+    return v * load(p + n * LANES);
+}
 
-/* For one text: y[row] = the sum of what its groups of three look up. */
-typedef void look_up(const ternary *layer, const float *tables, float *y);
+/* The table of a group of three inputs a, b, c holds all 27 sums w0 a + w1 b + w2 c with weights of
+ * -1, 0 and 1. These weights are the digits of a number k = w0 + 3 w1 + 9 w2, from -13 to 13:
+ *
+ *     k       0   1   2      3   4      5          6      7          ...  13
+ *     sum     0   a   b - a  b   b + a  c - b - a  c - b  c - b + a  ...  c + b + a
+ *
+ * Entry k of a table is the sum of k; entry 16 + k is that of -k, with the opposite sign.
+ */
+static const vec ONES = {0, 1, -1, 0, 1, -1, 0, 1, -1, 0, 1, -1, 0, 1};
+static const vec THREES = {0, 0, 1, 1, 1, -1, -1, -1, 0, 0, 0, 1, 1, 1};
+static const vec NINES = {0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-INLINE void look_up_body(const ternary *layer, const float *tables, float *y) {
-    const uint8_t *code = layer->codes;
-    for (int tile = 0; tile < layer->tiles; tile++, y += LANES) {
-        float sum[LANES] = {0};
-        const float *table = tables;
-        for (int group = 0; group < layer->groups; group++, code += LANES, table += TABLE)
-            for (int lane = 0; lane < LANES; lane++) sum[lane] += table[code[lane]];
-        memcpy(y, sum, sizeof sum);
+INLINE void make_table(const float *x, float *table) {
+    vec sums = ONES * x[0] + THREES * x[1] + NINES * x[2];
+    store(table, sums);
+    store(table + NEGATIVE, -sums);
+}
+
+// The same for 16 texts.
+INLINE void make_table_16(const vec *x, vec *table) {
+    for (int k = 0; k < 14; k++) {
+        table[k] = x[0] * ONES[k] + x[1] * THREES[k] + x[2] * NINES[k];
+        table[NEGATIVE + k] = -table[k];
     }
 }
 
-/* For 16 texts: to y[row] (16), or to nothing at first, is added what `count` groups look up. With vectors of a size that the
- * processor has. */
-typedef void look_up_16(const ternary *layer, int from, int count, const float *tables, float *y);
+// s->output (rows, B) = layer (rows, cols) times s->input (cols, B).
+INLINE void ternary_matmul(const ternary *layer, bolt_state *s, const kernels *k, const int B) {
+    const int rows = layer->rows;
+    const int groups = layer->groups;
+    float *tables = s->tables;
+    float *y = s->output;
 
-#define DEFINE_LOOK_UP_16(NAME, TARGET, VECTOR, ROWS)                                                                  \
-    TARGET APART static void look_up_16_##NAME(const ternary *layer, int from, int count, const float *tables, float *y) { \
-        enum { PARTS = sizeof(vec) / sizeof(VECTOR) };                                                                 \
-        const VECTOR *end = (const VECTOR *)tables + count * TABLE * PARTS;                                            \
-        for (int row = 0; row < layer->tiles * LANES; row += ROWS)                                                     \
-            for (int part = 0; part < PARTS; part++) {                                                                 \
-                const uint8_t *code = layer->codes + ((size_t)(row / LANES) * layer->groups + from) * LANES + row % LANES; \
-                VECTOR sum[ROWS], *rows = (VECTOR *)y + row * PARTS + part;                                            \
-                for (int r = 0; r < ROWS; r++) sum[r] = from ? rows[r * PARTS] : (VECTOR){0};                          \
-                for (const VECTOR *table = (const VECTOR *)tables + part; table < end; table += TABLE * PARTS, code += LANES) \
-                    for (int r = 0; r < ROWS; r += 8) {  /* one load for eight codes: loading is what takes the time */ \
-                        uint64_t codes;                                                                                \
-                        memcpy(&codes, code + r, 8);                                                                   \
-                        for (int k = 0; k < 8; k++, codes >>= 8) sum[r + k] += table[(codes & 255) * PARTS];           \
-                    }                                                                                                  \
-                for (int r = 0; r < ROWS; r++) rows[r * PARTS] = sum[r];                                               \
-            }                                                                                                          \
+    if (B == 1) {
+        for (int g = 0; g < groups; g++) make_table(s->input + 3 * g, tables + g * TABLE);
+        k->look_up(layer, tables, y);
     }
 
-INLINE void apply(const ternary *layer, const float *x, float *tables, float *y, look_up *one, look_up_16 *many, const int S) {
-    if (S == 1) {
-        make_tables(x, layer->cols, tables);
-        one(layer, tables, y);
-    } else {
-        for (int from = 0; from < layer->groups; from += TOGETHER) {
-            int left = layer->cols - 3 * from, count = (left + 2) / 3 < TOGETHER ? (left + 2) / 3 : TOGETHER;
-            make_wide_tables((const vec *)x + 3 * from, left < 3 * count ? left : 3 * count, (vec *)tables);
-            many(layer, from, count, tables, y);
-        }
+    // The tables of 16 texts are too many for the fastest cache, so they take turns.
+    for (int from = 0; from < groups && B == LANES; from += GROUPS_AT_ONCE) {
+        int count = min_int(GROUPS_AT_ONCE, groups - from);
+        const vec *x = (const vec *)s->input + 3 * from;
+        for (int g = 0; g < count; g++) make_table_16(x + 3 * g, (vec *)tables + g * TABLE);
+        k->look_up_16(layer, from, count, tables, y);
     }
-    for (int i = 0; i < layer->rows * S; i += LANES)
-        store(y + i, load(y + i) * layer->scale[i >= layer->rows / 2 * S]);
+
+    for (int i = 0; i < rows * B; i += LANES) {
+        int half = i >= rows / 2 * B;
+        store(y + i, load(y + i) * layer->scale[half]);
+    }
 }
 
-INLINE void rms_norm(const float *x, const float *weight, int count, float eps, float *out, const int S) {
+// weight: (count), or NULL for none.
+INLINE void rms_norm(const float *x, const float *weight, int count, float eps, float *out,
+                     const int B) {
     vec squares = {0};
-    for (int i = 0; i < count * S; i += LANES) squares += load(x + i) * load(x + i);
-    if (S == 1) squares = SPLAT(sum_of(squares));
+    for (int i = 0; i < count * B; i += LANES) squares += load(x + i) * load(x + i);
+    if (B == 1) squares = splat(sum_lanes(squares));
+
     vec factor = inverse_root(squares / (float)count + eps);
-    for (int i = 0; i < count * S; i += LANES)
-        store(out + i, weight ? load(x + i) * factor * per_channel(weight, i, S) : load(x + i) * factor);
+    for (int i = 0; i < count * B; i += LANES) {
+        vec normal = load(x + i) * factor;
+        if (weight) normal = times_channel(normal, weight, i, B);
+        store(out + i, normal);
+    }
 }
 
-/* out = x * sigmoid(gate) */
+// out = x * sigmoid(gate), of `count` floats.
 INLINE void multiply_by_sigmoid(const float *x, const float *gate, int count, float *out) {
-    for (int i = 0; i < count; i += LANES) store(out + i, load(x + i) / (1.0f + exponential(-load(gate + i))));
+    for (int i = 0; i < count; i += LANES)
+        store(out + i, load(x + i) / (1.0f + exponential(-load(gate + i))));
 }
 
-/* mixed = value and the K-1 values before it, weighed by the taps; `past` is a ring of those. */
-INLINE void convolve(const float *taps, int kernel, int channels, long position, float *past, const float *value,
-                     float *mixed, const int S) {
+// x += y * scale, of `count` floats; scale: one per channel, or NULL for none.
+INLINE void add_residual(float *x, const float *y, const float *scale, int count, const int B) {
+    for (int i = 0; i < count; i += LANES) {
+        vec update = load(y + i);
+        if (scale) update = times_channel(update, scale, i, B);
+        store(x + i, load(x + i) + update);
+    }
+}
+
+// Causal depthwise convolution. value: (channels, B), of this token; past: (K - 1, channels, B), a
+// ring of those before it; taps: (K, channels), the newest last.
+INLINE void convolve(const float *taps, int kernel, int channels, long position, float *past,
+                     const float *value, float *mixed, const int B) {
+    const int count = channels * B;
     const float *tap = taps + (size_t)(kernel - 1) * channels;
-    int count = channels * S;
-    for (int i = 0; i < count; i += LANES) store(mixed + i, load(value + i) * per_channel(tap, i, S));
+    for (int i = 0; i < count; i += LANES)
+        store(mixed + i, times_channel(load(value + i), tap, i, B));
+    if (kernel == 1) return;
+
+    const int ring = kernel - 1;
     for (int back = 1; back < kernel; back++) {
-        const float *row = past + (size_t)((position + kernel - 1 - back) % (kernel - 1)) * count;
+        const float *row = past + (size_t)((position + ring - back) % ring) * count;
         tap -= channels;
         for (int i = 0; i < count; i += LANES)
-            store(mixed + i, load(mixed + i) + load(row + i) * per_channel(tap, i, S));
+            store(mixed + i, load(mixed + i) + times_channel(load(row + i), tap, i, B));
     }
-    if (kernel > 1) memcpy(past + (size_t)(position % (kernel - 1)) * count, value, 4 * (size_t)count);
+
+    // This token takes the place of the oldest.
+    memcpy(past + (size_t)(position % ring) * count, value, sizeof(float) * count);
 }
 
-/* Query, key and value (3D) to what the heads attend to (D) over the last `window` tokens. Keys are kept as (D, slots),
- * values as (slots, D). No largest score is subtracted: normalized queries and keys cannot have large ones. */
-INLINE void attend(const bolt_model *m, float *qkv, const bolt_state *state, float *keys, float *chances, float *out,
-                   const int S) {
-    int D = m->width, d = D / m->heads, window = m->window, slot = (int)(state->position % window);
-    int used = state->position < window ? (int)state->position + 1 : window;
-    float *values = keys + (size_t)D * m->slots * S, *distance = chances + m->slots * S, age[LANES];
-    for (int r = 0; r < m->slots; r++) distance[r] = r < window ? (float)(slot - r + (r > slot ? window : 0)) : 1e30f;
-    for (int t = 0; t < LANES; t++) age[t] = (float)(state->position - state->start[S == 1 ? 0 : t]);
-    for (int h = 0; h < 2 * m->heads; h++) rms_norm(qkv + h * d * S, NULL, d, 1.1920929e-7f, qkv + h * d * S, S);
-    for (int i = 0; i < D * S; i++) keys[((size_t)(i / S) * m->slots + slot) * S + i % S] = qkv[D * S + i];
-    memcpy(values + (size_t)slot * D * S, qkv + 2 * D * S, 4 * (size_t)(D * S));
-    float shrink = inverse_root(SPLAT((float)d))[0];
-    for (int h = 0; h < m->heads; h++) {
-        float slope = exponential(SPLAT(-0.69314718f * (m->heads > 1 ? 1 + 7.0f * h / (m->heads - 1) : 1)))[0];
-        vec total = {0};
-        for (int i = 0; i < used * S; i += LANES) {
-            vec score = {0};
-            for (int k = h * d; k < (h + 1) * d; k++)
-                score += load(keys + (size_t)k * m->slots * S + i) * per_text(qkv, k, S);
-            vec far = per_channel(distance, i, S), chance = exponential(score * shrink - far * slope);
-            chance = choose_lanes(far <= load(age), chance, (vec){0});  /* not of what was before the text */
-            store(chances + i, chance);
-            total += chance;
-        }
-        if (S == 1) total = SPLAT(sum_of(total));
-        for (int i = h * d * S; i < (h + 1) * d * S; i += LANES) {
-            vec sum = {0};
-            for (int r = 0; r < used; r++) sum += load(values + (size_t)r * D * S + i) * per_text(chances, r, S);
-            store(out + i, sum / total);
+// s->distance (slots, B): how many tokens ago each slot was filled; out of reach if that was before
+// the text began.
+INLINE void measure_distance(const bolt_state *s, int now, const int B) {
+    const int window = s->model->header.window;
+    for (int slot = 0; slot < s->model->slots; slot++) {
+        int back = now - slot;
+        if (back < 0) back += window;
+        if (slot >= window) back = OUT_OF_REACH;
+        for (int t = 0; t < B; t++) {
+            int seen = back <= s->position - s->start[t];
+            s->distance[slot * B + t] = seen ? back : OUT_OF_REACH;
         }
     }
 }
 
-INLINE void add(float *x, const float *y, const float *layer_scale, int count, const int S) {
-    for (int i = 0; i < count * S; i += LANES)
-        store(x + i, load(x + i) + (layer_scale ? load(y + i) * per_channel(layer_scale, i, S) : load(y + i)));
-}
+// s->attention (slots, B): the weight that a head gives to each slot, not yet divided by the sum of
+// all, which is returned. query: (d, B); keys: (d, slots, B). Normalized queries and keys have no
+// large scores, so e^score does not overflow.
+INLINE vec weigh_slots(const bolt_state *s, const float *query, const float *keys, int d, int used,
+                       float slope, const int B) {
+    const int slots = s->model->slots;
+    const float shrink = inverse_root(splat((float)d))[0];
+    const float *distance = s->distance;
+    float *weights = s->attention;
+    vec total = {0};
+    for (int i = 0; i < used * B; i += LANES) {
+        vec score = {0};
+        for (int c = 0; c < d; c++)
+            score += times_text(load(keys + (size_t)c * slots * B + i), query, c, B);
 
-/* The logits of each text, one row after another, from an embedding of floats. */
-INLINE void head32(const bolt_model *m, const float *x, float *logits, const int S) {
-    for (int v = 0; v < m->row; v += LANES) {
-        const float *weights = m->embedding32 + (size_t)v * m->width;
-        vec sum[LANES] = {{0}};  /* of each text; or of a part of one text, as each addition waits for the one before it */
-        for (int d = 0; d < m->width; d += 8)
-            for (int k = 0; k < 8; k++)
-                for (int s = 0; s < S; s++)
-                    sum[S == 1 ? k : s] += load(weights + (d + k) * LANES) * x[(d + k) * S + s];
-        for (int k = 1; k < 8 && S == 1; k++) sum[0] += sum[k];
-        for (int s = 0; s < S; s++) store(logits + (size_t)s * m->row + v, sum[s]);
+        vec far = load(distance + i);
+        vec weight = exponential(score * shrink - far * slope);
+        weight = choose_lanes(far < OUT_OF_REACH, weight, (vec){0});
+        store(weights + i, weight);
+        total += weight;
     }
-}
-
-typedef void add_products(ivec *sums, const int8_t *four, int odd, int32_t pair);
-
-/* From an embedding of 8 bits: the inputs get 16 or, if their sums did not fit 32 bits, fewer; the rest is exact. Pairs are
- * of every second input, as they are found in the integers that hold the weights of four. */
-INLINE void head8(const bolt_model *m, const float *x, float *logits, int32_t *pairs, add_products *add, const int S) {
-    const int D = m->width;
-    const float limit = D > 512 ? (float)(0x7FFFFFFF / 128 / D) : 32767;
-    float unit[LANES];
-    for (int s = 0; s < S; s++) {
-        float top = 1e-30f;
-        for (int i = s; i < D * S; i += S) top = x[i] > top ? x[i] : -x[i] > top ? -x[i] : top;
-        unit[s] = top / limit;
-        for (int d = 0; d < D; d++) {
-            float y = x[d * S + s] * (limit / top);
-            y = y < limit ? y > -limit ? y : -limit : limit;  /* whatever a damaged model gives */
-            int16_t whole = (int16_t)(y + (y < 0 ? -0.5f : 0.5f));
-            memcpy((char *)(pairs + (d / 4 * 2 + d % 2) * S + s) + d % 4 / 2 * 2, &whole, 2);
-        }
-    }
-    for (int v = 0; v < m->row; v += LANES) {
-        ivec sum[LANES] = {{0}};
-        for (int n = 0; n < D / 2; n += S == 1 ? 4 : 1)
-            for (int k = 0; k < (S == 1 ? 4 : 1); k++) {
-                const int8_t *four = m->embedding8 + (size_t)v * D + (n + k) / 2 * 4 * LANES;
-                for (int s = 0; s < S; s++) add(&sum[S == 1 ? k : s], four, (n + k) % 2, pairs[(n + k) * S + s]);
-            }
-        for (int k = 1; k < 4 && S == 1; k++) sum[0] += sum[k];
-        for (int s = 0; s < S; s++)
-            store(logits + (size_t)s * m->row + v, __builtin_convertvector(sum[s], vec) * (load(m->scales + v) * unit[s]));
-    }
-}
-
-/* Floats of a state's scratch: x, normed, y, mixed, chances with distances, tables. */
-static size_t scratch_floats(const bolt_model *m, size_t S, size_t part[6]) {
-    size_t D = m->width, H = m->hidden, most = H > D ? H : D;
-    size_t tables = S == 1 ? (most + 2) / 3 * TABLE : TOGETHER * TABLE * LANES, total = 0;
-    size_t sizes[6] = {D * S, most * S, rounded(2 * H > 4 * D ? 2 * H : 4 * D, TILES * LANES) * S, 3 * D * S, m->slots * (S + 1), tables};
-    for (int n = 0; n < 6; total += sizes[n++]) part[n] = total;
+    if (B == 1) total = splat(sum_lanes(total));
     return total;
 }
 
-INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, look_up *one,
-                      look_up_16 *many, add_products *add_pairs, const int S) {
-    const bolt_model *m = s->model;
-    int D = m->width, H = m->hidden;
-    size_t part[6];
-    scratch_floats(m, S, part);
-    float *x = s->scratch, *normed = x + part[1], *y = x + part[2], *mixed = x + part[3], *chances = x + part[4];
-    float *tables = x + part[5];
-    for (int t = 0; t < S; t++)
-        for (int d = 0; d < D; d++) {
-            size_t tile = (size_t)(ids[t] / LANES) * D * LANES, lane = ids[t] % LANES;
-            x[d * S + t] = m->bits == 32 ? m->embedding32[tile + d * LANES + lane]
-                                         : m->embedding8[tile + d / 4 * 4 * LANES + 4 * lane + d % 4] * m->scales[ids[t]];
-        }
-    for (int n = 0; n < m->blocks; n++) {
-        const block *b = &m->block[n];
-        float *past = s->memory + b->state * S;
-        rms_norm(x, b->mixer_norm, D, 1e-6f, normed, S);
-        apply(&b->in, normed, tables, y, one, many, S);
-        if (b->attention) {
-            convolve(b->taps, m->kernel, 3 * D, s->position, past, y, mixed, S);
-            attend(m, mixed, s, past + (size_t)(m->kernel - 1) * 3 * D * S, chances, normed, S);
-            multiply_by_sigmoid(normed, y + 3 * D * S, D * S, normed);
-        } else {
-            convolve(b->taps, m->kernel, D, s->position, past, y + D * S, normed, S);
-            multiply_by_sigmoid(normed, y, D * S, normed);
-        }
-        apply(&b->out, normed, tables, y, one, many, S);
-        add(x, y, b->layer_scale, D, S);
+// out (d, B) = mean of a head's values (used slots, D, B) by their weights, which add up to `total`.
+INLINE void average_values(const float *weights, const float *values, int d, int used, int stride,
+                           vec total, float *out, const int B) {
+    for (int i = 0; i < d * B; i += LANES) {
+        vec sum = {0};
+        for (int slot = 0; slot < used; slot++)
+            sum += times_text(load(values + (size_t)slot * stride + i), weights, slot, B);
+        store(out + i, sum / total);
+    }
+}
 
-        rms_norm(x, b->glu_norm, D, 1e-6f, normed, S);
-        apply(&b->gate_up, normed, tables, y, one, many, S);
-        multiply_by_sigmoid(y, y, H * S, normed);
-        for (int i = 0; i < H * S; i += LANES) store(normed + i, load(normed + i) * load(y + H * S + i));
-        apply(&b->down, normed, tables, y, one, many, S);
-        add(x, y, b->layer_scale ? b->layer_scale + D : NULL, D, S);
+// Attend to the last `window` tokens. qkv: (3, D, B), changed; keys: (D, slots, B), with values
+// (slots, D, B) behind them; out: (D, B).
+INLINE void attend(const bolt_state *s, float *qkv, float *keys, float *out, const int B) {
+    const bolt_model *m = s->model;
+    const int D = m->header.width;
+    const int heads = m->header.heads;
+    const int window = m->header.window;
+    const int d = D / heads;
+    const int slots = m->slots;
+    const int now = (int)(s->position % window);
+    float *values = keys + (size_t)D * slots * B;
+
+    // Normalize the heads of queries and keys.
+    for (int h = 0; h < 2 * heads; h++)
+        rms_norm(qkv + h * d * B, NULL, d, 1.1920929e-7f, qkv + h * d * B, B);
+
+    // Key and value take the slot of the token that leaves the window.
+    for (int c = 0; c < D; c++)
+        for (int t = 0; t < B; t++)
+            keys[((size_t)c * slots + now) * B + t] = qkv[(D + c) * B + t];
+    memcpy(values + (size_t)now * D * B, qkv + 2 * D * B, sizeof(float) * D * B);
+    measure_distance(s, now, B);
+    int used = window;
+    if (s->position < window) used = (int)s->position + 1;
+
+    // Nearer tokens count more: the slopes of the heads run from 2^-1 to 2^-8 (arXiv:2108.12409).
+    for (int h = 0; h < heads; h++) {
+        float halvings = 1;
+        if (heads > 1) halvings += 7.0f * h / (heads - 1);
+        float slope = exponential(splat(-0.69314718f * halvings))[0];
+
+        const int first = h * d * B;
+        vec total = weigh_slots(s, qkv + first, keys + (size_t)first * slots, d, used, slope, B);
+        average_values(s->attention, values + first, d, used, D * B, total, out + first, B);
+    }
+}
+
+// x += mixer(norm(x)).
+INLINE void mix(bolt_state *s, const block *b, const kernels *k, const int B) {
+    const int D = s->model->header.width;
+    const int kernel = s->model->header.kernel_size;
+    float *x = s->x;
+    float *input = s->input;
+    float *output = s->output;
+    float *past = s->memory + b->state * B;
+
+    rms_norm(x, b->mixer_norm, D, 1e-6f, input, B);
+    ternary_matmul(&b->in, s, k, B);
+    if (b->attends) {
+        // Query, key, value and gate.
+        float *keys = past + (size_t)(kernel - 1) * 3 * D * B;
+        convolve(b->taps, kernel, 3 * D, s->position, past, output, s->mixed, B);
+        attend(s, s->mixed, keys, input, B);
+        multiply_by_sigmoid(input, output + 3 * D * B, D * B, input);
+    } else {
+        // Gate and value.
+        convolve(b->taps, kernel, D, s->position, past, output + D * B, input, B);
+        multiply_by_sigmoid(input, output, D * B, input);
+    }
+    ternary_matmul(&b->out, s, k, B);
+    add_residual(x, output, b->layer_scale, D * B, B);
+}
+
+// x += down(silu(gate) * up), of norm(x).
+INLINE void feed_forward(bolt_state *s, const block *b, const kernels *k, const int B) {
+    const int D = s->model->header.width;
+    const int H = s->model->header.hidden;
+    float *x = s->x;
+    float *input = s->input;
+    float *gate = s->output;
+    float *up = gate + H * B;
+
+    rms_norm(x, b->glu_norm, D, 1e-6f, input, B);
+    ternary_matmul(&b->gate_up, s, k, B);
+    multiply_by_sigmoid(gate, gate, H * B, input);
+    for (int i = 0; i < H * B; i += LANES) store(input + i, load(input + i) * load(up + i));
+    ternary_matmul(&b->down, s, k, B);
+
+    const float *scale = NULL;
+    if (b->layer_scale) scale = b->layer_scale + D;
+    add_residual(x, s->output, scale, D * B, B);
+}
+
+// x (D, B) = the embedding of each text's id.
+INLINE void embed(const bolt_model *m, const uint16_t *ids, float *x, const int B) {
+    const int D = m->header.width;
+    for (int t = 0; t < B; t++) {
+        const int id = ids[t];
+        for (int d = 0; d < D && m->embedding32; d++)
+            x[d * B + t] = m->embedding32[embedding_index(id, d, D, 1)];
+        for (int d = 0; d < D && m->embedding8; d++)
+            x[d * B + t] = m->embedding8[embedding_index(id, d, D, 4)] * m->scales[id];
+    }
+}
+
+// logits (B, row) = embedding times x (D, B), with 32 bits.
+INLINE void head32(const bolt_model *m, const float *x, float *logits, const int B) {
+    const int D = m->header.width;
+    const int row = m->row;
+
+    // Each addition waits for the one before it; one text has 8 sums instead, taken by turns.
+    const int turns = B == 1 ? 8 : 1;
+    for (int v = 0; v < row; v += LANES) {
+        const float *weights = m->embedding32 + embedding_index(v, 0, D, 1);
+        vec sums[LANES] = {{0}};
+        for (int d = 0; d < D; d += 8)
+            for (int k = 0; k < 8; k++)
+                for (int t = 0; t < B; t++)
+                    sums[k % turns + t] += load(weights + (d + k) * LANES) * x[(d + k) * B + t];
+
+        for (int k = 1; k < turns; k++) sums[0] += sums[k];
+        for (int t = 0; t < B; t++) store(logits + (size_t)t * row + v, sums[t]);
+    }
+}
+
+// Round one text's inputs to integers from -limit to limit; returns what one of them is worth.
+// They are paired as add_products() needs them: channels 0 and 2, 1 and 3, 4 and 6, 5 and 7, ...
+// pairs: (D / 2, B, 2).
+INLINE float quantize(const float *x, int width, float limit, int16_t *pairs, int t, const int B) {
+    float top = 1e-30f;
+    for (int d = 0; d < width; d++) {
+        float size = __builtin_fabsf(x[d * B + t]);
+        if (size > top) top = size;
+    }
+    for (int d = 0; d < width; d++) {
+        // A damaged model may give anything, also NaN.
+        float y = x[d * B + t] * (limit / top);
+        if (!(y < limit)) y = limit;
+        if (y < -limit) y = -limit;
+
+        int pair = d / 4 * 2 + d % 2;
+        pairs[(pair * B + t) * 2 + d % 4 / 2] = (int16_t)(y + (y < 0 ? -0.5f : 0.5f));
+    }
+    return top / limit;
+}
+
+// logits (B, row) = embedding times x (D, B), with 8 bits. The inputs get 16 bits, or fewer if their
+// sums would not fit 32; the rest is exact.
+INLINE void head8(const bolt_model *m, const float *x, float *logits, int16_t *pairs,
+                  const kernels *kernels, const int B) {
+    const int D = m->header.width;
+    const int row = m->row;
+    float limit = 32767;
+    if (D > 512) limit = (float)(0x7FFFFFFF / 128 / D);
+    float unit[LANES];
+    for (int t = 0; t < B; t++) unit[t] = quantize(x, D, limit, pairs, t, B);
+
+    const int turns = B == 1 ? 4 : 1;
+    for (int v = 0; v < row; v += LANES) {
+        const int8_t *cells = m->embedding8 + embedding_index(v, 0, D, 4);
+        ivec sums[LANES] = {{0}};
+        for (int n = 0; n < D / 2; n += 4)
+            for (int k = 0; k < 4; k++) {
+                const int8_t *cell = cells + (n / 2 + k / 2) * 4 * LANES;
+                for (int t = 0; t < B; t++) {
+                    int32_t pair;
+                    memcpy(&pair, pairs + 2 * ((n + k) * B + t), sizeof pair);
+                    kernels->add_products(&sums[k % turns + t], cell, k % 2, pair);
+                }
+            }
+
+        for (int k = 1; k < turns; k++) sums[0] += sums[k];
+        for (int t = 0; t < B; t++) {
+            vec scale = load(m->scales + v) * unit[t];
+            store(logits + (size_t)t * row + v, __builtin_convertvector(sums[t], vec) * scale);
+        }
+    }
+}
+
+// Read one id of each text; logits: (B, row) of what follows, or NULL if nobody needs them.
+INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, const kernels *k,
+                      const int B) {
+    const bolt_model *m = s->model;
+    embed(m, ids, s->x, B);
+    for (int n = 0; n < m->header.blocks; n++) {
+        mix(s, &m->blocks[n], k, B);
+        feed_forward(s, &m->blocks[n], k, B);
     }
     s->position++;
     if (!logits) return;
-    rms_norm(x, m->norm, D, 1e-6f, normed, S);
-    if (m->bits == 8) head8(m, normed, logits, (int32_t *)y, add_pairs, S);
-    else head32(m, normed, logits, S);
-    for (int t = 0; t < S; t++)
-        for (int v = m->vocabulary; v < m->row; v++) logits[(size_t)t * m->row + v] = LOWEST;
+
+    rms_norm(s->x, m->norm, m->header.width, 1e-6f, s->input, B);
+    if (m->embedding8) head8(m, s->input, logits, (int16_t *)s->output, k, B);
+    else head32(m, s->input, logits, B);
+
+    // What fills up a row is no id.
+    for (int t = 0; t < B; t++)
+        for (int v = m->header.vocabulary_size; v < m->row; v++)
+            logits[(size_t)t * m->row + v] = -__builtin_inff();
 }
 
-/* ---- one row of logits ---- */
+/* ---- sampling from a row of logits --------------------------------------------------------- */
 
 INLINE float largest(const float *x, int count) {
-    vec tops[4] = {load(x), load(x), load(x), load(x)};  /* several, because each comparison waits for the one before it */
+    // Several, as each comparison waits for the one before it.
+    vec tops[4] = {load(x), load(x), load(x), load(x)};
     for (int i = 0; i < count; i += 4 * LANES)
         for (int k = 0; k < 4; k++) {
-            vec v = load(x + (i + k * LANES < count ? i + k * LANES : count - LANES));
+            vec v = load(x + min_int(i + k * LANES, count - LANES));
             tops[k] = choose_lanes(v > tops[k], v, tops[k]);
         }
+
     float top = x[0];
-    for (int n = 0; n < 4 * LANES; n++) top = tops[n / LANES][n % LANES] > top ? tops[n / LANES][n % LANES] : top;
+    for (int k = 0; k < 4; k++)
+        for (int lane = 0; lane < LANES; lane++)
+            if (tops[k][lane] > top) top = tops[k][lane];
     return top;
 }
 
-/* The sum of exp((x - top) * factor); `powers` (may be NULL): of what. */
-INLINE float sum_powers(const float *x, int count, float top, float factor, float *powers) {
+// weights = exp((x - top) / temperature); returns their sum.
+INLINE float weigh_ids(const float *x, int count, float top, float temperature, float *weights) {
+    const float factor = 1 / temperature;
     vec sum = {0};
     for (int i = 0; i < count; i += LANES) {
-        vec power = exponential((load(x + i) - top) * factor);
-        if (powers) store(powers + i, power);
-        sum += power;
+        vec weight = exponential((load(x + i) - top) * factor);
+        store(weights + i, weight);
+        sum += weight;
     }
-    return sum_of(sum);
+    return sum_lanes(sum);
 }
 
-/* -ln p of an id. */
-INLINE float nats_body(const bolt_model *m, const float *logits, float top, int id) {
-    return (float)(logarithm(sum_powers(logits, m->row, top, 1, NULL)) - (logits[id] - top));
+// ln of the sum of exp(x - top); the entropy in nats goes to `entropy`, unless it is NULL.
+INLINE double log_sum(const float *x, int count, float top, float *entropy) {
+    vec sum = {0};
+    vec weighted = {0};
+    for (int i = 0; i < count; i += LANES) {
+        vec below = at_least(load(x + i) - top, -87.0f);  // finite, also for ids that are excluded
+        vec weight = exponential(below);
+        sum += weight;
+        weighted += weight * below;
+    }
+
+    // With p = e^below / S, the mean of -ln p is ln S - sum(e^below * below) / S.
+    float total = sum_lanes(sum);
+    double result = logarithm(total);
+    if (entropy) *entropy = (float)(result - sum_lanes(weighted) / total);
+    return result;
 }
 
-static double draw(uint64_t *seed) {  /* splitmix64, from 0 to below 1 */
+INLINE float surprise(const bolt_model *m, const float *logits, float top, int id, float *entropy) {
+    return (float)(log_sum(logits, m->row, top, entropy) - (logits[id] - top));
+}
+
+// A random number from 0 to below 1: splitmix64.
+static double draw(uint64_t *seed) {
     uint64_t z = *seed += 0x9E3779B97F4A7C15ull;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ z >> 27) * 0x94D049BB133111EBull;
     return (double)((z ^ z >> 31) >> 11) / 9007199254740992.0;
 }
 
-static float mass_of(const candidate *all, int count) {
-    float mass = 0;
-    for (int n = 0; n < count; n++) mass += all[n].p;
-    return mass;
+static float total_weight(const candidate *all, int count) {
+    float total = 0;
+    for (int n = 0; n < count; n++) total += all[n].weight;
+    return total;
 }
 
 static void swap(candidate *a, candidate *b) {
     candidate c = *a;
-    *a = *b, *b = c;
+    *a = *b;
+    *b = c;
 }
 
-/* Move to the front the fewest of the likeliest whose chances reach `mass`, or `number` of them; returns how many. */
-static int keep_likeliest(candidate *all, int count, int number, float mass) {
-    int from = 0, to = count;
+// Move to the front the fewest of the likeliest whose weights reach `enough`, or `number` of them;
+// returns how many. As quicksort does, but only where the border runs.
+static int keep_likeliest(candidate *all, int count, int number, float enough) {
+    int from = 0;  // those before it are kept
+    int to = count;  // those from it on are not
     float kept = 0;
-    while (from < to && from < number && kept < mass) {
-        float pivot = all[from + (to - from) / 2].p, above = 0;
-        int greater = from, equal;
+    while (from < to && from < number && kept < enough) {
+        // Those above the pivot come first.
+        float pivot = all[from + (to - from) / 2].weight;
+        float above = 0;
+        int greater = from;
         for (int n = from; n < to; n++)
-            if (all[n].p > pivot) above += all[n].p, swap(&all[n], &all[greater++]);
-        if (greater > number || kept + above >= mass) {
-            to = greater;  /* enough without the pivot */
+            if (all[n].weight > pivot) {
+                above += all[n].weight;
+                swap(&all[n], &all[greater++]);
+            }
+        if (greater > number || kept + above >= enough) {
+            to = greater;
             continue;
         }
-        from = equal = greater, kept += above;
+
+        // They are not enough: keep them all, and of those that equal the pivot what is needed.
+        from = greater;
+        kept += above;
+        int equal = from;
         for (int n = from; n < to; n++)
-            if (all[n].p == pivot) swap(&all[n], &all[equal++]);
-        while (from < equal && from < number && kept < mass) kept += all[from++].p;
+            if (all[n].weight == pivot) swap(&all[n], &all[equal++]);
+        while (from < equal && from < number && kept < enough) kept += all[from++].weight;
     }
-    return from < to ? from : to;
+    return min_int(from, to);
 }
 
-/* The ids from EOS to the last one whose powers are at least `floor`; returns how many. */
-INLINE int collect(const float *powers, int vocabulary, float floor, candidate *found) {
-    int number = 0;
+// Collect the ids from EOS on whose weights are at least `least`; returns how many.
+INLINE int collect(const float *weights, int vocabulary, float least, candidate *found) {
+    int count = 0;
     for (int i = 0; i < vocabulary; i += LANES) {
-        bytes any = __builtin_convertvector(load(powers + i) >= floor, bytes);
+        // Nearly all lanes are too small, mostly all 16 of them.
+        bytes enough = __builtin_convertvector(load(weights + i) >= least, bytes);
         uint64_t halves[2];
-        memcpy(halves, &any, sizeof halves);
+        memcpy(halves, &enough, sizeof halves);
         if (!(halves[0] | halves[1])) continue;
-        for (int v = i; v < i + LANES; v++) {
-            found[number] = (candidate){powers[v], v};
-            number += powers[v] >= floor && v >= EOS && v < vocabulary;
+
+        // Without a branch: every id is written down, and the next one over it unless it counts.
+        for (int id = i; id < i + LANES; id++) {
+            found[count] = (candidate){weights[id], id};
+            count += weights[id] >= least && id >= EOS && id < vocabulary;
         }
     }
-    return number;
+    return count;
 }
 
-/* Choose an id: by temperature, then top-k, then top-p; nats: -ln p of it, before all these. powers, found: room for a row
- * of logits, and of candidates one more. */
-INLINE int choose_body(const bolt_model *m, float *logits, const bolt_settings *how, uint64_t *seed, float *powers,
-                       candidate *found, float *nats) {
-    logits[PAD] = logits[UNK] = logits[BOS] = LOWEST;  /* never written */
-    int V = m->vocabulary, best = EOS, count = 0, limit = how->top_k > 0 && how->top_k < V ? how->top_k : V;
-    float top = largest(logits, m->row);
-    if (how->temperature < 1e-6f) {
-        while (best < V - 1 && logits[best] != top) best++;
-        *nats = nats_body(m, logits, top, best);
-        return best;
+// Collect as many of the likeliest ids as top-k and top-p can need; returns how many.
+INLINE int collect_enough(const float *weights, int vocabulary, int top_k, float top_p, float total,
+                          candidate *found) {
+    if (top_k == vocabulary && top_p >= 1) return collect(weights, vocabulary, 1e-12f, found);
+    int count = 0;
+    for (float least = 1e-3f; least > 1e-36f; least *= 1e-3f) {
+        count = collect(weights, vocabulary, least, found);
+        if (count >= top_k) break;
+        if (top_k == vocabulary && total_weight(found, count) >= top_p * total) break;
     }
-    float total = sum_powers(logits, m->row, top, 1 / how->temperature, powers);
-    int all = limit == V && how->top_p >= 1;
-    for (float floor = all ? 1e-12f : 1e-3f; floor > 1e-36f; floor *= 1e-3f) {  /* no more of the unlikely than needed */
-        count = collect(powers, V, floor, found);
-        if (all) break;
-        if (count >= limit || (limit == V && mass_of(found, count) >= how->top_p * total)) break;
+    return count;
+}
+
+// Draw an id from a row of logits whose largest is `top`: by temperature, then top-k, then top-p.
+INLINE int sample(const bolt_model *m, const float *logits, float top, const bolt_settings *how,
+                  uint64_t *seed, float *weights, candidate *found) {
+    const int V = m->header.vocabulary_size;
+    int top_k = V;
+    if (how->top_k > 0) top_k = min_int(how->top_k, V);
+    float total = weigh_ids(logits, m->row, top, how->temperature, weights);
+    int count = collect_enough(weights, V, top_k, how->top_p, total, found);
+
+    if (top_k < V) {
+        count = keep_likeliest(found, count, top_k, 3e38f);
+        total = total_weight(found, count);
     }
-    if (limit < V) {
-        count = keep_likeliest(found, count, limit, 3e38f);
-        total = mass_of(found, count);
+    if (how->top_p < 1) {
+        float enough = how->top_p * total;
+        if (!(enough > 0)) enough = 1e-30f;
+        count = keep_likeliest(found, count, V, enough);
     }
-    if (how->top_p < 1) count = keep_likeliest(found, count, V, how->top_p * total > 0 ? how->top_p * total : 1e-30f);
-    double point = draw(seed) * mass_of(found, count);
+
+    // Each candidate is a stretch of a line as long as its weight. A random point picks one.
+    double point = draw(seed) * total_weight(found, count);
+    int id = EOS;
     for (int n = 0; n < count; n++) {
-        best = found[n].id;
-        if ((point -= found[n].p) < 0) break;
+        id = found[n].id;
+        point -= found[n].weight;
+        if (point < 0) break;
     }
-    *nats = nats_body(m, logits, top, best);
-    return best;
+    return id;
 }
 
-struct kernels {
-    const char *name;
-    void (*step)(bolt_state *, const uint16_t *, float *);
-    int (*choose)(const bolt_model *, float *, const bolt_settings *, uint64_t *, float *, candidate *, float *);
-    float (*nats)(const bolt_model *, const float *, int);
-};
+INLINE int greedy(const bolt_model *m, const float *logits, float top) {
+    int id = EOS;
+    while (id < m->header.vocabulary_size - 1 && logits[id] != top) id++;
+    return id;
+}
 
-#define INSTANCE(NAME, TARGET)                                                                                         \
-    TARGET static void step_##NAME(bolt_state *s, const uint16_t *ids, float *logits) {                                \
-        if (s->texts == 1) step_body(s, ids, logits, look_up_##NAME, NULL, add_products_##NAME, 1);                    \
-        else step_body(s, ids, logits, NULL, look_up_16_##NAME, add_products_##NAME, LANES);                           \
-    }                                                                                                                  \
-    TARGET static int choose_##NAME(const bolt_model *m, float *logits, const bolt_settings *how, uint64_t *seed,      \
-                                    float *powers, candidate *found, float *nats) {                                    \
-        return choose_body(m, logits, how, seed, powers, found, nats);                                                 \
-    }                                                                                                                  \
-    TARGET static float nats_##NAME(const bolt_model *m, const float *logits, int id) {                                \
-        return nats_body(m, logits, largest(logits, m->row), id);                                                      \
-    }                                                                                                                  \
-    static const kernels NAME = {#NAME, step_##NAME, choose_##NAME, nats_##NAME};
+// Choose the next id of a text. weights: room for a row; found: for one more than that.
+INLINE int choose_body(const bolt_model *m, float *logits, const bolt_settings *how, uint64_t *seed,
+                       float *weights, candidate *found, information *about) {
+    // These are never written.
+    logits[PAD] = logits[UNK] = logits[BOS] = -__builtin_inff();
+    float top = largest(logits, m->row);
+    int id;
+    if (how->temperature < 1e-6f) id = greedy(m, logits, top);
+    else id = sample(m, logits, top, how, seed, weights, found);
+    about->surprise = surprise(m, logits, top, id, &about->entropy);
+    return id;
+}
 
-APART static void look_up_portable(const ternary *layer, const float *tables, float *y) { look_up_body(layer, tables, y); }
-static inline void add_products_portable(ivec *sums, const int8_t *four, int odd, int32_t pair) {
+INLINE float score_body(const bolt_model *m, const float *logits, int id) {
+    return surprise(m, logits, largest(logits, m->row), id, NULL);
+}
+
+/* ---- kernels: all of the above, for each kind of processor --------------------------------- */
+
+#define NOINLINE __attribute__((noinline))
+
+// Add `width` floats, which this processor adds with one instruction.
+INLINE void add_floats(float *sum, const float *x, const int width) {
+    if (width == 4) *(vec4 *)sum += *(const vec4 *)x;
+    if (width == 8) *(vec8 *)sum += *(const vec8 *)x;
+    if (width == 16) *(vec *)sum += *(const vec *)x;
+}
+
+INLINE void copy_floats(float *to, const float *from, const int width) {
+    if (width == 4) *(vec4 *)to = *(const vec4 *)from;
+    if (width == 8) *(vec8 *)to = *(const vec8 *)from;
+    if (width == 16) *(vec *)to = *(const vec *)from;
+}
+
+// For 16 texts: add to y (rows, 16) what `count` groups from `from` on look up, or start y with it.
+// tables: (count, 32, 16). So many sums are made at once as there are registers for.
+INLINE void look_up_16_body(const ternary *layer, int from, int count, const float *tables, float *y,
+                            const int rows, const int width) {
+    static const float zeros[LANES] __attribute__((aligned(64)));
+    for (int row = 0; row < layer->tiles * LANES; row += rows)
+        for (int part = 0; part < LANES; part += width) {
+            float *out = y + row * LANES + part;
+            float sums[LANES * LANES] __attribute__((aligned(64)));
+            for (int r = 0; r < rows; r++)
+                copy_floats(sums + r * width, from ? out + r * LANES : zeros, width);
+
+            // Loading takes the time, so one load fetches eight codes.
+            const uint8_t *code = layer->codes + code_index(layer, row, from);
+            const float *table = tables + part;
+            for (int g = 0; g < count; g++, code += LANES, table += TABLE * LANES)
+                for (int r = 0; r < rows; r += 8) {
+                    uint64_t codes;
+                    memcpy(&codes, code + r, sizeof codes);
+                    for (int k = 0; k < 8; k++, codes >>= 8)
+                        add_floats(sums + (r + k) * width, table + (codes & 255) * LANES, width);
+                }
+
+            for (int r = 0; r < rows; r++) copy_floats(out + r * LANES, sums + r * width, width);
+        }
+}
+
+// Any processor: one text looks up one sum after another.
+NOINLINE static void look_up_portable(const ternary *layer, const float *tables, float *y) {
+    const uint8_t *code = layer->codes;
+    for (int tile = 0; tile < layer->tiles; tile++, y += LANES) {
+        float sums[LANES] = {0};
+        const float *table = tables;
+        for (int g = 0; g < layer->groups; g++, code += LANES, table += TABLE)
+            for (int lane = 0; lane < LANES; lane++) sums[lane] += table[code[lane]];
+        memcpy(y, sums, sizeof sums);
+    }
+}
+
+NOINLINE static void look_up_16_portable(const ternary *layer, int from, int count,
+                                         const float *tables, float *y) {
+    look_up_16_body(layer, from, count, tables, y, 8, 4);
+}
+
+// Add to the sums of 16 ids: two of the four channels in a cell of the embedding, times a pair of
+// inputs. An id's channels are the bytes of an integer; the even ones are bytes 0 and 2, the odd
+// ones bytes 1 and 3. Shifts cut them out with their signs.
+static inline void add_products_portable(ivec *sums, const int8_t *cell, int odd, int32_t pair) {
     ivec weights;
-    memcpy(&weights, four, sizeof weights);
-    *sums += (weights << (24 - 8 * odd) >> 24) * (int16_t)pair + (weights << (8 - 8 * odd) >> 24) * (pair >> 16);
+    memcpy(&weights, cell, sizeof weights);
+    ivec first = weights << (24 - 8 * odd) >> 24;
+    ivec second = weights << (8 - 8 * odd) >> 24;
+    *sums += first * (int16_t)pair + second * (pair >> 16);
 }
 
-DEFINE_LOOK_UP_16(portable, , vec4, 8)
-INSTANCE(portable, )
+static const kernels portable;
+
+static void step_portable(bolt_state *s, const uint16_t *ids, float *logits) {
+    if (s->texts == 1) step_body(s, ids, logits, &portable, 1);
+    else step_body(s, ids, logits, &portable, LANES);
+}
+
+static int choose_portable(const bolt_model *m, float *logits, const bolt_settings *how,
+                           uint64_t *seed, float *weights, candidate *found, information *about) {
+    return choose_body(m, logits, how, seed, weights, found, about);
+}
+
+static float score_portable(const bolt_model *m, const float *logits, int id) {
+    return score_body(m, logits, id);
+}
+
+static const kernels portable = {
+    "portable", look_up_portable, look_up_16_portable, add_products_portable,
+    step_portable, choose_portable, score_portable,
+};
 
 #if defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 
-/* The positive sums fit two registers: bit 3 of a code chooses which, and bit 4 turns the sign. */
-AVX2 APART static void look_up_avx2(const ternary *layer, const float *tables, float *y) {
+// Eight codes at once, from the positive sums of a table, which fit two registers: bit 3 of a code
+// chooses the register, and bit 4 turns the sign.
+AVX2 static inline __m256 find_8(__m256 low, __m256 high, const uint8_t *code) {
+    __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)code));
+    __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+    __m256 found = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes),
+                                    _mm256_permutevar8x32_ps(high, codes), is_high);
+    __m256 is_negative = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 27));
+    return _mm256_xor_ps(found, _mm256_and_ps(is_negative, _mm256_set1_ps(-0.0f)));
+}
+
+AVX2 NOINLINE static void look_up_avx2(const ternary *layer, const float *tables, float *y) {
     const size_t next = (size_t)layer->groups * LANES;
-    const __m256 sign = _mm256_set1_ps(-0.0f);
+    const float *end = tables + layer->groups * TABLE;
     for (int tile = 0; tile < layer->tiles; tile += 2, y += 2 * LANES) {
         const uint8_t *code = layer->codes + tile * next;
-        __m256 sum[4];
-        for (int k = 0; k < 4; k++) sum[k] = _mm256_setzero_ps();
-        for (const float *table = tables; table < tables + layer->groups * TABLE; table += TABLE, code += LANES) {
-            __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+        __m256 sums[4];
+        for (int k = 0; k < 4; k++) sums[k] = _mm256_setzero_ps();
+
+        for (const float *table = tables; table < end; table += TABLE, code += LANES) {
+            __m256 low = _mm256_loadu_ps(table);
+            __m256 high = _mm256_loadu_ps(table + 8);
             for (int k = 0; k < 4; k++) {
-                __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(code + k / 2 * next + k % 2 * 8)));
-                __m256 found = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes),
-                                                _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
-                __m256 turned = _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(codes, 27)), sign);
-                sum[k] = _mm256_add_ps(sum[k], _mm256_xor_ps(found, turned));
+                const uint8_t *eight = code + k / 2 * next + k % 2 * 8;
+                sums[k] = _mm256_add_ps(sums[k], find_8(low, high, eight));
             }
         }
-        for (int k = 0; k < 4; k++) _mm256_storeu_ps(y + 8 * k, sum[k]);
+        for (int k = 0; k < 4; k++) _mm256_storeu_ps(y + 8 * k, sums[k]);
     }
 }
 
-AVX2 static inline void add_products_avx2(ivec *sums, const int8_t *four, int odd, int32_t pair) {
+AVX2 NOINLINE static void look_up_16_avx2(const ternary *layer, int from, int count,
+                                          const float *tables, float *y) {
+    look_up_16_body(layer, from, count, tables, y, 8, 8);
+}
+
+AVX2 static inline void add_products_avx2(ivec *sums, const int8_t *cell, int odd, int32_t pair) {
     for (int half = 0; half < 2; half++) {
-        __m256i *sum = (__m256i *)sums + half, weights = _mm256_loadu_si256((const __m256i *)four + half);
-        weights = _mm256_srai_epi16(odd ? weights : _mm256_slli_epi16(weights, 8), 8);
+        __m256i *sum = (__m256i *)sums + half;
+        __m256i weights = _mm256_loadu_si256((const __m256i *)cell + half);
+        if (!odd) weights = _mm256_slli_epi16(weights, 8);
+        weights = _mm256_srai_epi16(weights, 8);
         *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weights, _mm256_set1_epi32(pair)));
     }
 }
 
-DEFINE_LOOK_UP_16(avx2, AVX2, vec8, 8)
-INSTANCE(avx2, AVX2)
+static const kernels avx2;
 
-/* A table fits two registers, and one instruction looks 16 rows up. Four tiles at a time hide the latency of adding. */
-AVX512 APART static void look_up_avx512(const ternary *layer, const float *tables, float *y) {
+AVX2 static void step_avx2(bolt_state *s, const uint16_t *ids, float *logits) {
+    if (s->texts == 1) step_body(s, ids, logits, &avx2, 1);
+    else step_body(s, ids, logits, &avx2, LANES);
+}
+
+AVX2 static int choose_avx2(const bolt_model *m, float *logits, const bolt_settings *how,
+                            uint64_t *seed, float *weights, candidate *found, information *about) {
+    return choose_body(m, logits, how, seed, weights, found, about);
+}
+
+AVX2 static float score_avx2(const bolt_model *m, const float *logits, int id) {
+    return score_body(m, logits, id);
+}
+
+static const kernels avx2 = {
+    "avx2", look_up_avx2, look_up_16_avx2, add_products_avx2, step_avx2, choose_avx2, score_avx2,
+};
+
+// A whole table fits two registers, and one instruction looks up 16 codes. Four tiles at a time
+// hide how long an addition takes.
+AVX512 NOINLINE static void look_up_avx512(const ternary *layer, const float *tables, float *y) {
     const size_t next = (size_t)layer->groups * LANES;
+    const float *end = tables + layer->groups * TABLE;
     for (int tile = 0; tile < layer->tiles; tile += TILES, y += TILES * LANES) {
         const uint8_t *code = layer->codes + tile * next;
-        __m512 sum[TILES];
-        for (int k = 0; k < TILES; k++) sum[k] = _mm512_setzero_ps();
-        for (const float *table = tables; table < tables + layer->groups * TABLE; table += TABLE, code += LANES) {
-            __m512 low = _mm512_loadu_ps(table), high = _mm512_loadu_ps(table + LANES);
+        __m512 sums[TILES];
+        for (int k = 0; k < TILES; k++) sums[k] = _mm512_setzero_ps();
+
+        for (const float *table = tables; table < end; table += TABLE, code += LANES) {
+            __m512 low = _mm512_loadu_ps(table);
+            __m512 high = _mm512_loadu_ps(table + LANES);
             for (int k = 0; k < TILES; k++) {
-                __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(code + k * next)));
-                sum[k] = _mm512_add_ps(sum[k], _mm512_permutex2var_ps(low, codes, high));
+                __m128i sixteen = _mm_loadu_si128((const __m128i *)(code + k * next));
+                __m512i codes = _mm512_cvtepu8_epi32(sixteen);
+                sums[k] = _mm512_add_ps(sums[k], _mm512_permutex2var_ps(low, codes, high));
             }
         }
-        for (int k = 0; k < TILES; k++) _mm512_storeu_ps(y + k * LANES, sum[k]);
+        for (int k = 0; k < TILES; k++) _mm512_storeu_ps(y + k * LANES, sums[k]);
     }
 }
-AVX512 static inline void add_products_avx512(ivec *sums, const int8_t *four, int odd, int32_t pair) {
-    __m512i weights = _mm512_loadu_si512(four);
-    weights = _mm512_srai_epi16(odd ? weights : _mm512_slli_epi16(weights, 8), 8);
+
+AVX512 NOINLINE static void look_up_16_avx512(const ternary *layer, int from, int count,
+                                              const float *tables, float *y) {
+    look_up_16_body(layer, from, count, tables, y, 16, 16);
+}
+
+AVX512 static inline void add_products_avx512(ivec *sums, const int8_t *cell, int odd,
+                                              int32_t pair) {
+    __m512i weights = _mm512_loadu_si512(cell);
+    if (!odd) weights = _mm512_slli_epi16(weights, 8);
+    weights = _mm512_srai_epi16(weights, 8);
     *sums += (ivec)_mm512_madd_epi16(weights, _mm512_set1_epi32(pair));
 }
 
-DEFINE_LOOK_UP_16(avx512, AVX512, vec, 16)
-INSTANCE(avx512, AVX512)
+static const kernels avx512;
+
+AVX512 static void step_avx512(bolt_state *s, const uint16_t *ids, float *logits) {
+    if (s->texts == 1) step_body(s, ids, logits, &avx512, 1);
+    else step_body(s, ids, logits, &avx512, LANES);
+}
+
+AVX512 static int choose_avx512(const bolt_model *m, float *logits, const bolt_settings *how,
+                                uint64_t *seed, float *weights, candidate *found,
+                                information *about) {
+    return choose_body(m, logits, how, seed, weights, found, about);
+}
+
+AVX512 static float score_avx512(const bolt_model *m, const float *logits, int id) {
+    return score_body(m, logits, id);
+}
+
+static const kernels avx512 = {
+    "avx512", look_up_avx512, look_up_16_avx512, add_products_avx512,
+    step_avx512, choose_avx512, score_avx512,
+};
+
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma");
+}
 #endif
 
+// The fastest kernels of this processor, or those that BOLT_KERNELS names, if it has them.
 static const kernels *choose_kernels(void) {
-    const char *wanted = getenv("BOLT_KERNELS");
 #if defined(__x86_64__)
-    int has512 = __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has512 && (!wanted || !strcmp(wanted, "avx512"))) return &avx512;
-    int has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (has2 && (!wanted || !strcmp(wanted, "avx2"))) return &avx2;
+    const char *wanted = getenv("BOLT_KERNELS");
+    if (has_avx512() && (!wanted || !strcmp(wanted, "avx512"))) return &avx512;
+    if (has_avx2() && (!wanted || !strcmp(wanted, "avx2"))) return &avx2;
 #endif
-    (void)wanted;
     return &portable;
 }
 
-/* ---- opening a file: everything is checked before it is used ---- */
+/* ---- opening a file: everything is checked before it is used ------------------------------- */
 
-static uint32_t checksum(const uint8_t *data, size_t size) {
-    uint32_t table[256], c;
-    for (uint32_t n = 0; n < 256; table[n++] = c) {
-        c = n;
-        for (int k = 0; k < 8; k++) c = c & 1 ? 0xEDB88320u ^ c >> 1 : c >> 1;
-    }
-    for (c = ~0u; size--;) c = table[(c ^ *data++) & 255] ^ c >> 8;
-    return ~c;
+// Control characters, perhaps of a file's name, become spaces.
+static void one_line(char *text) {
+    for (; *text; text++)
+        if ((unsigned char)*text < ' ') *text = ' ';
 }
 
-static uint32_t read32(const uint8_t *place) {
-    uint32_t value;
-    memcpy(&value, place, 4);
-    return value;
-}
-
-static int all_finite(const float *x, size_t count) {
-    for (size_t i = 0; i < count; i++)
-        if (!(x[i] - x[i] == 0)) return 0;
-    return 1;
-}
-
-static size_t aligned(size_t bytes) { return rounded(bytes, ALIGNMENT); }
-
-static const void *take(const uint8_t **at, size_t bytes) {
-    const void *section = *at;
-    *at += aligned(bytes);
-    return section;
-}
-
-static int make_layer(ternary *layer, int rows, int cols, float first_scale, float second_scale) {
-    layer->rows = rows;
-    layer->cols = cols;
-    layer->groups = (cols + 2) / 3;
-    layer->tiles = (int)rounded((size_t)rows, TILES * LANES) / LANES;
-    layer->scale[0] = first_scale;
-    layer->scale[1] = second_scale;
-    size_t codes = (size_t)layer->tiles * layer->groups * LANES;
-    return (layer->codes = calloc(codes, 1)) != NULL;
-}
-
-/* Five weights a byte in the file become three a byte, in tiles, for `rows` rows. Returns 0 if one is not ternary. */
-static int unpack(ternary *layer, const uint8_t *packed, int from, int rows) {
-    static const uint8_t places[5] = {1, 3, 9, 27, 81};
-    size_t n = 0;
-    for (int row = from; row < from + rows; row++) {
-        uint8_t *code = layer->codes + (size_t)(row / LANES) * layer->groups * LANES + row % LANES;
-        for (int col = 0, sum = 0; col < layer->cols; col++, n++) {
-            if (packed[n / 5] >= 243) return 0;
-            sum += (packed[n / 5] / places[n % 5] % 3 - 1) * places[col % 3];
-            if (col % 3 < 2 && col + 1 < layer->cols) continue;
-            code[(size_t)(col / 3) * LANES] = (uint8_t)(sum < 0 ? NEGATIVE - sum : sum);
-            sum = 0;
-        }
-    }
-    return 1;
-}
-
-static int open_blocks(bolt_model *m, const uint8_t **at, int layer_scale, uint64_t attention, char *error, size_t room) {
-    size_t D = m->width, H = m->hidden, K = m->kernel;
-    for (int n = 0; n < m->blocks; n++) {
-        block *b = &m->block[n];
-        b->attention = attention >> n & 1;
-        size_t channels = (b->attention ? 3 : 1) * D, projected = (b->attention ? 4 : 2) * D;
-        b->mixer_norm = take(at, 4 * D);
-        b->glu_norm = take(at, 4 * D);
-        b->layer_scale = layer_scale ? take(at, 8 * D) : NULL;
-        b->taps = take(at, 4 * K * channels);
-        const float *scales = take(at, 4 * 5);
-        const uint8_t *weights[5];
-        size_t sizes[5] = {projected * D, D * D, H * D, H * D, D * H};
-        for (int k = 0; k < 5; k++) weights[k] = take(at, (sizes[k] + 4) / 5);
-        if (!all_finite(b->mixer_norm, D) || !all_finite(b->glu_norm, D) || !all_finite(b->taps, K * channels) ||
-            !all_finite(scales, 5) || (layer_scale && !all_finite(b->layer_scale, 2 * D)))
-            return fail(error, room, "block %d is not finite", n);
-        if (!make_layer(&b->in, (int)projected, (int)D, scales[0], scales[0]) ||
-            !make_layer(&b->out, (int)D, (int)D, scales[1], scales[1]) ||
-            !make_layer(&b->gate_up, (int)(2 * H), (int)D, scales[2], scales[3]) ||
-            !make_layer(&b->down, (int)D, (int)H, scales[4], scales[4]))
-            return fail(error, room, "there is not enough memory");
-        if (!unpack(&b->in, weights[0], 0, (int)projected) || !unpack(&b->out, weights[1], 0, (int)D) ||
-            !unpack(&b->gate_up, weights[2], 0, (int)H) || !unpack(&b->gate_up, weights[3], (int)H, (int)H) ||
-            !unpack(&b->down, weights[4], 0, (int)D))
-            return fail(error, room, "the weights of block %d are not ternary", n);
-        b->state = m->state_floats;
-        m->state_floats += (K - 1) * channels + (b->attention ? 2 * (size_t)m->slots * D : 0);
-        if (m->state_floats > LARGEST_STATE) return fail(error, room, "its state would be too large");
-    }
+// Say why a model cannot be used. Returns 0.
+static int fail(bolt_model *m, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(m->why, sizeof m->why, format, arguments);
+    va_end(arguments);
     return 0;
 }
 
-/* The bytes of one of GPT-2's ids; room for LONGEST_TOKEN. */
-static int token_bytes(const bolt_model *m, uint32_t id, uint8_t *out) {
-    uint32_t stack[LONGEST_TOKEN + 1];
-    int depth = 1, count = 0;
-    stack[0] = id;
+// CRC-32, as zlib has it.
+static uint32_t checksum(const uint8_t *data, size_t size) {
+    uint32_t table[256];
+    for (uint32_t n = 0; n < 256; n++) {
+        uint32_t c = n;
+        for (int k = 0; k < 8; k++) c = c >> 1 ^ (c & 1) * 0xEDB88320u;
+        table[n] = c;
+    }
+
+    uint32_t c = ~0u;
+    for (size_t n = 0; n < size; n++) c = table[(c ^ data[n]) & 255] ^ c >> 8;
+    return ~c;
+}
+
+static int all_finite(const float *x, size_t count) {
+    for (size_t n = 0; n < count; n++)
+        if (!(x[n] - x[n] == 0)) return 0;
+    return 1;
+}
+
+static int map_file(bolt_model *m, const char *path) {
+    // Without O_NONBLOCK, opening a pipe would wait for a writer.
+    int file = open(path, O_RDONLY | O_NONBLOCK);
+    struct stat status;
+    if (file < 0) return fail(m, "%s", strerror(errno));
+
+    if (fstat(file, &status)) {
+        fail(m, "%s", strerror(errno));
+    } else if (!S_ISREG(status.st_mode) || status.st_size < (off_t)sizeof(header)) {
+        fail(m, "it is not a packed model");
+    } else {
+        m->size = (size_t)status.st_size;
+        void *mapped = mmap(NULL, m->size, PROT_READ, MAP_PRIVATE, file, 0);
+        if (mapped == MAP_FAILED) fail(m, "%s", strerror(errno));
+        else m->file = mapped;
+    }
+    close(file);
+    return m->file != NULL;
+}
+
+static int within(int32_t number, int32_t least, int32_t most) {
+    return least <= number && number <= most;
+}
+
+static int sizes_within_limits(const header *h) {
+    return within(h->width, 1, MAX_WIDTH) &&
+           within(h->blocks, 1, MAX_BLOCKS) &&
+           within(h->hidden, 1, MAX_HIDDEN) &&
+           within(h->sequence_length, 1, MAX_SEQUENCE) &&
+           within(h->kernel_size, 1, MAX_KERNEL) &&
+           within(h->vocabulary_size, MIN_VOCABULARY, MAX_VOCABULARY) &&
+           within(h->heads, 1, MAX_HEADS) &&
+           within(h->window, 1, MAX_WINDOW) &&
+           within(h->layer_scale, 0, 1) &&
+           within(h->encoding_bytes, MIN_ENCODING, MAX_ENCODING);
+}
+
+static int makes_sense(const header *h) {
+    if (!sizes_within_limits(h)) return 0;
+    int known_bits = h->embedding_bits == 8 || h->embedding_bits == 32;
+    int whole_vectors = h->width % LANES == 0 && h->hidden % LANES == 0;
+    int known_blocks = h->blocks == MAX_BLOCKS || h->attention >> h->blocks == 0;
+    int whole_heads = h->width % (h->heads * LANES) == 0;
+    int narrow_heads = h->width / h->heads <= MAX_HEAD_WIDTH;
+    int heads_fit = !h->attention || (whole_heads && narrow_heads);
+    return known_bits && whole_vectors && known_blocks && heads_fit;
+}
+
+static int read_header(bolt_model *m) {
+    header *h = &m->header;
+    memcpy(h, m->file, sizeof *h);
+    if (memcmp(h->magic, "FLASHLM", 8)) return fail(m, "it is not a packed model");
+    if (h->version != VERSION)
+        return fail(m, "it is of version %u and this program reads version %d: export it anew",
+                    h->version, VERSION);
+
+    const size_t checked_from = offsetof(header, file_bytes);
+    if (checksum(m->file + checked_from, sizeof *h - checked_from) != h->header_checksum)
+        return fail(m, "its header is damaged");
+    if (!makes_sense(h)) return fail(m, "its header makes no sense");
+    m->row = (int)round_up((size_t)h->vocabulary_size, LANES);
+    m->slots = (int)round_up((size_t)h->window, LANES);
+    return 1;
+}
+
+// The next section of the file, or NULL beyond its end; `taken` grows all the same.
+static const void *take(bolt_model *m, uint64_t bytes) {
+    uint64_t start = m->taken;
+    m->taken += round_up(bytes, ALIGNMENT);
+    if (m->taken > m->size) return NULL;
+    return m->file + start;
+}
+
+static uint64_t channels(const bolt_model *m, const block *b) {
+    return (uint64_t)m->header.width * (b->attends ? 3 : 1);
+}
+
+static void find_block(bolt_model *m, block *b) {
+    const uint64_t D = m->header.width;
+    const uint64_t H = m->header.hidden;
+    const uint64_t projected = channels(m, b) + D;
+    b->mixer_norm = take(m, sizeof(float) * D);
+    b->glu_norm = take(m, sizeof(float) * D);
+    if (m->header.layer_scale) b->layer_scale = take(m, sizeof(float) * 2 * D);
+    b->taps = take(m, sizeof(float) * m->header.kernel_size * channels(m, b));
+    b->scales = take(m, sizeof(float) * 5);
+
+    const uint64_t weights[5] = {projected * D, D * D, H * D, H * D, D * H};
+    for (int n = 0; n < 5; n++) b->packed[n] = take(m, (weights[n] + 4) / 5);
+}
+
+// Find where each section starts, and check that they are all of the file. Nothing of them is read
+// before that is known.
+static int find_sections(bolt_model *m) {
+    const header *h = &m->header;
+    const uint64_t D = h->width;
+    const uint64_t V = h->vocabulary_size;
+    const uint64_t weights = D * m->row;
+    m->blocks = calloc(h->blocks, sizeof(block));
+    if (!m->blocks) return fail(m, "there is not enough memory");
+
+    take(m, sizeof *h);
+    for (int n = 0; n < h->blocks; n++) {
+        m->blocks[n].attends = h->attention >> n & 1;
+        find_block(m, &m->blocks[n]);
+    }
+    m->norm = take(m, sizeof(float) * D);
+    if (h->embedding_bits == 8) {
+        m->halves = take(m, sizeof(uint16_t) * V);
+        m->embedding8 = take(m, weights);
+    } else {
+        m->embedding32 = take(m, sizeof(float) * weights);
+    }
+    m->tokenizer.kept = take(m, sizeof(uint16_t) * (V - SPECIALS));
+    m->encoding = take(m, h->encoding_bytes);
+
+    if (m->size != h->file_bytes || m->size != m->taken || m->size > MAX_FILE_BYTES)
+        return fail(m, "it is truncated, or longer than it should be");
+    if (checksum(m->file + sizeof *h, m->size - sizeof *h) != h->content_checksum)
+        return fail(m, "its content is damaged");
+    return 1;
+}
+
+static int allocate_layer(ternary *layer, uint64_t rows, uint64_t cols, float upper, float lower) {
+    layer->rows = (int)rows;
+    layer->cols = (int)cols;
+    layer->groups = (int)(cols + 2) / 3;
+    layer->tiles = (int)round_up(rows, TILES * LANES) / LANES;
+    layer->scale[0] = upper;
+    layer->scale[1] = lower;
+    layer->codes = calloc((size_t)layer->tiles * layer->groups, LANES);
+    return layer->codes != NULL;
+}
+
+// Turn five weights per byte into codes of three, for `rows` rows from `from` on. Returns whether
+// all of them are ternary.
+static int unpack(ternary *layer, const uint8_t *packed, int from, int rows) {
+    static const uint8_t places[5] = {1, 3, 9, 27, 81};
+    size_t n = 0;
+    for (int row = from; row < from + rows; row++)
+        for (int group = 0; group < layer->groups; group++) {
+            int k = 0;
+            int inputs = min_int(3, layer->cols - 3 * group);
+            for (int input = 0; input < inputs; input++, n++) {
+                if (packed[n / 5] >= 243) return 0;
+                int weight = packed[n / 5] / places[n % 5] % 3 - 1;
+                k += weight * places[input];
+            }
+            if (k < 0) k = NEGATIVE - k;
+            layer->codes[code_index(layer, row, group)] = (uint8_t)k;
+        }
+    return 1;
+}
+
+static int finite_block(const bolt_model *m, const block *b) {
+    const size_t D = m->header.width;
+    return all_finite(b->mixer_norm, D) &&
+           all_finite(b->glu_norm, D) &&
+           (!b->layer_scale || all_finite(b->layer_scale, 2 * D)) &&
+           all_finite(b->taps, m->header.kernel_size * channels(m, b)) &&
+           all_finite(b->scales, 5);
+}
+
+static int open_blocks(bolt_model *m) {
+    const int D = m->header.width;
+    const int H = m->header.hidden;
+    for (int n = 0; n < m->header.blocks; n++) {
+        block *b = &m->blocks[n];
+        const int projected = (int)channels(m, b) + D;
+        const float *scales = b->scales;
+        if (!finite_block(m, b)) return fail(m, "block %d is not finite", n);
+
+        if (!allocate_layer(&b->in, projected, D, scales[0], scales[0]) ||
+            !allocate_layer(&b->out, D, D, scales[1], scales[1]) ||
+            !allocate_layer(&b->gate_up, 2 * H, D, scales[2], scales[3]) ||
+            !allocate_layer(&b->down, D, H, scales[4], scales[4]))
+            return fail(m, "there is not enough memory");
+
+        if (!unpack(&b->in, b->packed[0], 0, projected) ||
+            !unpack(&b->out, b->packed[1], 0, D) ||
+            !unpack(&b->gate_up, b->packed[2], 0, H) ||
+            !unpack(&b->gate_up, b->packed[3], H, H) ||
+            !unpack(&b->down, b->packed[4], 0, D))
+            return fail(m, "the weights of block %d are not ternary", n);
+
+        // A convolution remembers its last K - 1 inputs, attention also keys and values.
+        b->state = m->state_floats;
+        m->state_floats += (m->header.kernel_size - 1) * channels(m, b);
+        if (b->attends) m->state_floats += 2 * (size_t)m->slots * D;
+        if (m->state_floats > MAX_STATE_FLOATS) return fail(m, "its state would be too large");
+    }
+    return 1;
+}
+
+static int open_embedding(bolt_model *m) {
+    const size_t D = m->header.width;
+    const int V = m->header.vocabulary_size;
+    m->scales = calloc((size_t)m->row, sizeof(float));
+    if (!m->scales) return fail(m, "there is not enough memory");
+
+    // A bfloat16 is the upper half of a float.
+    for (int id = 0; id < V && m->embedding8; id++) {
+        uint32_t bits = (uint32_t)m->halves[id] << 16;
+        memcpy(m->scales + id, &bits, sizeof bits);
+    }
+
+    int finite = all_finite(m->norm, D) && all_finite(m->scales, V);
+    if (m->embedding32) finite = finite && all_finite(m->embedding32, D * m->row);
+    if (!finite) return fail(m, "its embedding is not finite");
+    return 1;
+}
+
+// The bytes of a GPT-2 id; room for MAX_TOKEN_BYTES. Returns how many.
+static int token_bytes(const tokenizer *words, uint32_t id, uint8_t *out) {
+    // Take each merge apart, left part first, until only bytes are left.
+    uint32_t stack[MAX_TOKEN_BYTES + 1];
+    int depth = 0;
+    int count = 0;
+    stack[depth++] = id;
     while (depth) {
         uint32_t top = stack[--depth];
         if (top < BYTES) {
-            out[count++] = m->byte_of[top];
+            out[count++] = words->byte_of[top];
         } else {
-            stack[depth++] = m->merges[2 * (top - BYTES) + 1];
-            stack[depth++] = m->merges[2 * (top - BYTES)];
+            const uint16_t *parts = words->merges + 2 * (top - BYTES);
+            stack[depth++] = parts[1];
+            stack[depth++] = parts[0];
         }
     }
     return count;
 }
 
 static int by_number(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    uint64_t x = *(const uint64_t *)a;
+    uint64_t y = *(const uint64_t *)b;
     return (x > y) - (x < y);
 }
 
-static int open_vocabulary(bolt_model *m, const uint8_t *encoding, size_t bytes) {
-    const uint8_t *end = encoding + bytes, *at = encoding + BYTES + 4 * MERGES;
-    int seen[BYTES] = {0}, V = m->vocabulary;
-    memcpy(m->byte_of, encoding, BYTES);
-    m->merges = (const uint16_t *)(encoding + BYTES);
-    m->pairs = malloc(sizeof(uint64_t) * MERGES);
-    m->length = malloc(2 * (BYTES + MERGES));
-    m->direct = calloc(BYTES + MERGES, 2);
-    m->next = malloc(2 * (size_t)V);
-    if (!m->pairs || !m->length || !m->direct || !m->next) return 0;
+// Every byte must have one of GPT-2's first 256 ids.
+static int open_bytes(tokenizer *words, const uint8_t *encoding) {
+    int seen[BYTES] = {0};
+    memcpy(words->byte_of, encoding, BYTES);
     for (int id = 0; id < BYTES; id++) {
-        if (seen[m->byte_of[id]]++) return 0;
-        m->id_of[m->byte_of[id]] = (uint8_t)id;
-        m->length[id] = 1;
+        uint8_t byte = words->byte_of[id];
+        if (seen[byte]++) return 0;
+        words->id_of[byte] = (uint8_t)id;
+        words->length[id] = 1;
     }
+    return 1;
+}
+
+// Each merge must be of earlier ids, and what it makes must not be too long.
+static int open_merges(tokenizer *words) {
     for (uint32_t n = 0; n < MERGES; n++) {
-        uint32_t left = m->merges[2 * n], right = m->merges[2 * n + 1];
-        if (left >= n + BYTES || right >= n + BYTES || m->length[left] + m->length[right] > LONGEST_TOKEN) return 0;
-        m->length[n + BYTES] = (uint16_t)(m->length[left] + m->length[right]);
-        m->pairs[n] = (uint64_t)left << 32 | right << 16 | n;
+        uint32_t id = BYTES + n;
+        uint32_t left = words->merges[2 * n];
+        uint32_t right = words->merges[2 * n + 1];
+        if (left >= id || right >= id) return 0;
+
+        int length = words->length[left] + words->length[right];
+        if (length > MAX_TOKEN_BYTES) return 0;
+        words->length[id] = (uint16_t)length;
+        words->pairs[n] = (uint64_t)left << 32 | right << 16 | n;
     }
-    qsort(m->pairs, MERGES, sizeof *m->pairs, by_number);
-    for (int id = V - 1; id >= SPECIALS; id--) {
-        uint32_t theirs = m->kept[id - SPECIALS];
-        uint8_t text[LONGEST_TOKEN];
-        if (theirs >= BYTES + MERGES || m->direct[theirs]) return 0;
-        m->direct[theirs] = (uint16_t)id;
-        token_bytes(m, theirs, text);
-        m->next[id] = m->first[text[0]];
-        m->first[text[0]] = (uint16_t)id;
+    qsort(words->pairs, MERGES, sizeof *words->pairs, by_number);
+    return 1;
+}
+
+// Each kept id must be one of GPT-2's, and only once; no single byte may be missing.
+static int open_kept(tokenizer *words, int vocabulary) {
+    for (int id = vocabulary - 1; id >= SPECIALS; id--) {
+        uint8_t text[MAX_TOKEN_BYTES];
+        uint32_t theirs = words->kept[id - SPECIALS];
+        if (theirs >= GPT2_IDS || words->ours[theirs]) return 0;
+        words->ours[theirs] = (uint16_t)id;
+
+        // From the last id to the first, so that each list starts with its lowest.
+        token_bytes(words, theirs, text);
+        words->next[id] = words->first[text[0]];
+        words->first[text[0]] = (uint16_t)id;
     }
     for (int id = 0; id < BYTES; id++)
-        if (!m->direct[id]) return 0;
-    for (int kind = 0; kind < CLASSES; kind++) {
-        uint16_t pair[2], count;
+        if (!words->ours[id]) return 0;
+    return 1;
+}
+
+// Ranges come as pairs: how many code points to skip, and how many belong to the range.
+static int open_ranges(tokenizer *words, const uint8_t *at, const uint8_t *end) {
+    for (int kind = 0; kind < LISTED_KINDS; kind++) {
+        uint16_t count;
         if (end - at < 2) return 0;
-        memcpy(&count, at, 2);
+        memcpy(&count, at, sizeof count);
         at += 2;
-        if (end - at < 4 * (ptrdiff_t)count || !(m->classes[kind] = malloc(8 * (size_t)count + 8))) return 0;
+        if (end - at < 4 * count) return 0;
+
+        uint32_t *ranges = malloc(2 * sizeof(uint32_t) * (count + 1u));
+        if (!ranges) return 0;
+        words->ranges[kind] = ranges;
+        words->counts[kind] = count;
         uint32_t code = 0;
         for (int n = 0; n < count; n++, at += 4) {
-            memcpy(pair, at, 4);
-            m->classes[kind][2 * n] = code += pair[0];
-            m->classes[kind][2 * n + 1] = (code += pair[1]) - 1;
+            uint16_t pair[2];
+            memcpy(pair, at, sizeof pair);
+            code += pair[0];
+            ranges[2 * n] = code;
+            code += pair[1];
+            ranges[2 * n + 1] = code - 1;
         }
-        m->ranges[kind] = count;
     }
     return at == end;
 }
 
-static int open_sections(bolt_model *m, char *error, size_t room) {
-    static const uint32_t limits[8] = {8192, 64, 65536, 1 << 20, 64, 50260, 8192, 65536};
-    const uint8_t *f = m->file, *at = f + HEADER;
-    uint32_t size[8], layer_scale = read32(f + 60), bits = read32(f + 64), encoding = read32(f + 68);
-    uint64_t attention, bytes;
-    memcpy(&bytes, f + 16, 8);
-    memcpy(&attention, f + 72, 8);
-    if (read32(f + 8) != VERSION)
-        return fail(error, room, "it is of version %u and this program reads version %d: export it anew", read32(f + 8), VERSION);
-    if (checksum(f + 16, HEADER - 16) != read32(f + 12)) return fail(error, room, "its header is damaged");
-    int sensible = layer_scale <= 1 && (bits == 8 || bits == 32) && encoding >= BYTES + 4 * MERGES && encoding <= 1 << 20;
-    for (int n = 0; n < 8; n++) {
-        size[n] = read32(f + 28 + 4 * n);
-        sensible &= size[n] >= 1 && size[n] <= limits[n];
-    }
-    if (!sensible || size[5] < SPECIALS + BYTES || (size[1] < 64 && attention >> size[1]) || size[0] % LANES || size[2] % LANES ||
-        (attention && (size[0] % (size[6] * LANES) || size[0] / size[6] > 4096)))
-        return fail(error, room, "its header makes no sense");
-    m->width = (int)size[0], m->blocks = (int)size[1], m->hidden = (int)size[2], m->kernel = (int)size[4];
-    m->vocabulary = (int)size[5], m->heads = (int)size[6], m->window = (int)size[7], m->bits = (int)bits;
-    m->row = (int)rounded(size[5], LANES), m->slots = (int)rounded(size[7], LANES);
-    uint64_t D = size[0], H = size[2], K = size[4], V = size[5], numbers = D * (uint64_t)m->row, expected = HEADER;
-    for (uint32_t n = 0; n < size[1]; n++) {
-        uint64_t attends = attention >> n & 1, weights[5] = {(attends ? 4 : 2) * D * D, D * D, H * D, H * D, D * H};
-        expected += 2 * aligned(4 * D) + layer_scale * aligned(8 * D) + aligned(4 * K * D * (attends ? 3 : 1)) + aligned(20);
-        for (int k = 0; k < 5; k++) expected += aligned((weights[k] + 4) / 5);
-    }
-    expected += aligned(4 * D) + (bits == 8 ? aligned(2 * V) + aligned(numbers) : aligned(4 * numbers));
-    expected += aligned(2 * (V - SPECIALS)) + aligned(encoding);
-    if (bytes != m->size || expected != m->size || expected > LARGEST_FILE)
-        return fail(error, room, "it is truncated, or longer than it should be");
-    if (checksum(at, m->size - HEADER) != read32(f + 24)) return fail(error, room, "its content is damaged");
-    if (!(m->block = calloc(size[1], sizeof(block))) || !(m->scales = calloc((size_t)m->row, 4)))
-        return fail(error, room, "there is not enough memory");
-    if (open_blocks(m, &at, (int)layer_scale, attention, error, room)) return -1;
-    m->norm = take(&at, 4 * D);
-    const uint16_t *scales = bits == 8 ? take(&at, 2 * V) : NULL;
-    for (uint64_t v = 0; v < V; v++) {
-        uint32_t wide = bits == 8 ? (uint32_t)scales[v] << 16 : 0x3F800000;  /* a bfloat16 is the upper half of a float */
-        memcpy(m->scales + v, &wide, 4);
-    }
-    if (bits == 8) m->embedding8 = take(&at, numbers);
-    else m->embedding32 = take(&at, 4 * numbers);
-    m->kept = take(&at, 2 * (V - SPECIALS));
-    if (!all_finite(m->norm, D) || !all_finite(m->scales, V) || (bits == 32 && !all_finite(m->embedding32, numbers)))
-        return fail(error, room, "its embedding is not finite");
-    if (!open_vocabulary(m, at, encoding)) return fail(error, room, "its vocabulary makes no sense");
-    return 0;
+static int open_tokenizer(bolt_model *m) {
+    tokenizer *words = &m->tokenizer;
+    const int V = m->header.vocabulary_size;
+    words->merges = (const uint16_t *)(m->encoding + BYTES);
+    words->pairs = malloc(sizeof(uint64_t) * MERGES);
+    words->length = malloc(sizeof(uint16_t) * GPT2_IDS);
+    words->ours = calloc(GPT2_IDS, sizeof(uint16_t));
+    words->next = malloc(sizeof(uint16_t) * V);
+    if (!words->pairs || !words->length || !words->ours || !words->next)
+        return fail(m, "there is not enough memory");
+
+    const uint8_t *end = m->encoding + m->header.encoding_bytes;
+    if (!open_bytes(words, m->encoding) ||
+        !open_merges(words) ||
+        !open_kept(words, V) ||
+        !open_ranges(words, m->encoding + MIN_ENCODING, end))
+        return fail(m, "its vocabulary makes no sense");
+    return 1;
 }
 
 void bolt_close(bolt_model *m) {
     if (!m) return;
-    for (int n = 0; m->block && n < m->blocks; n++) {
-        block *b = &m->block[n];
-        free(b->in.codes), free(b->out.codes), free(b->gate_up.codes), free(b->down.codes);
+    for (int n = 0; m->blocks && n < m->header.blocks; n++) {
+        free(m->blocks[n].in.codes);
+        free(m->blocks[n].out.codes);
+        free(m->blocks[n].gate_up.codes);
+        free(m->blocks[n].down.codes);
     }
-    for (int kind = 0; kind < CLASSES; kind++) free(m->classes[kind]);
-    free(m->block), free(m->scales), free(m->pairs), free(m->direct), free(m->length), free(m->next);
+    for (int kind = 0; kind < LISTED_KINDS; kind++) free(m->tokenizer.ranges[kind]);
+    free(m->tokenizer.pairs);
+    free(m->tokenizer.length);
+    free(m->tokenizer.ours);
+    free(m->tokenizer.next);
+    free(m->blocks);
+    free(m->scales);
     if (m->file) munmap((void *)m->file, m->size);
     free(m);
 }
 
-/* A model, or NULL and one line in `error`. Until it is closed, the file must not be changed. */
+// A model, or NULL and one line in `error`. The file must not change until the model is closed.
 bolt_model *bolt_open(const char *path, char *error, size_t room) {
-    char why[200] = "there is not enough memory";
-    struct stat status;
+    const char *why = "there is not enough memory";
     bolt_model *m = calloc(1, sizeof *m);
-    int file = open(path, O_RDONLY | O_NONBLOCK), good = 0;  /* a pipe would be waited for otherwise */
-    if (file < 0 || fstat(file, &status)) {
-        fail(why, sizeof why, "%s", strerror(errno));
-    } else if (m && S_ISREG(status.st_mode) && status.st_size >= HEADER) {
-        void *mapped = mmap(NULL, m->size = (size_t)status.st_size, PROT_READ, MAP_PRIVATE, file, 0);
-        m->file = mapped == MAP_FAILED ? NULL : mapped;
+    if (m) {
         m->run = choose_kernels();
-        if (!m->file) fail(why, sizeof why, "%s", strerror(errno));
-        else if (memcmp(m->file, "FLASHLM", 8)) fail(why, sizeof why, "it is not a packed model");
-        else good = !open_sections(m, why, sizeof why);
-    } else if (m) {
-        fail(why, sizeof why, "it is not a packed model");
+        if (map_file(m, path) && read_header(m) && find_sections(m) && open_blocks(m) &&
+            open_embedding(m) && open_tokenizer(m))
+            return m;
+        why = m->why;
     }
-    if (file >= 0) close(file);
-    if (good) return m;
+    snprintf(error, room, "cannot use %s: %s", path, why);
+    one_line(error);
     bolt_close(m);
-    fail(error, room, "cannot use %s: %s", path, why);
     return NULL;
 }
 
-int bolt_vocabulary(const bolt_model *m) { return m->vocabulary; }
+int bolt_vocabulary(const bolt_model *m) {
+    return m->header.vocabulary_size;
+}
 
-const char *bolt_kernels(const bolt_model *m) { return m->run->name; }
+// Floats from one text's logits to the next one's.
+int bolt_row(const bolt_model *m) {
+    return m->row;
+}
+
+const char *bolt_kernels(const bolt_model *m) {
+    return m->run->name;
+}
+
+static float *new_floats(size_t count) {
+    size_t bytes = round_up(sizeof(float) * count, ALIGNMENT);
+    float *floats = aligned_alloc(ALIGNMENT, bytes);
+    if (floats) memset(floats, 0, bytes);
+    return floats;
+}
 
 void bolt_end(bolt_state *s) {
-    if (s) free(s->memory), free(s->scratch);
+    if (!s) return;
+    free(s->memory);
+    free(s->x);
+    free(s->input);
+    free(s->output);
+    free(s->mixed);
+    free(s->attention);
+    free(s->distance);
+    free(s->tables);
     free(s);
 }
 
-/* What one text, or 16 side by side, need while they are read or written. */
+// What B texts, 1 or 16, need while they are read or written; NULL without memory.
 bolt_state *bolt_start(const bolt_model *m, int texts) {
+    if (texts != 1 && texts != LANES) return NULL;
     bolt_state *s = calloc(1, sizeof *s);
-    size_t part[6];
-    if (!s || (texts != 1 && texts != LANES)) return free(s), NULL;
+    if (!s) return NULL;
+    const size_t B = texts;
+    const size_t D = m->header.width;
+    const size_t widest = max_int(m->header.width, m->header.hidden);
+    const size_t outputs = max_int(4 * m->header.width, 2 * m->header.hidden);
+    const size_t groups = B == 1 ? (widest + 2) / 3 : GROUPS_AT_ONCE * LANES;
+
     s->model = m;
     s->texts = texts;
-    s->memory = calloc(m->state_floats * texts + 1, 4);
-    s->scratch = aligned_alloc(ALIGNMENT, aligned(4 * scratch_floats(m, texts, part)));
-    if (s->memory && s->scratch) return s;
+    s->memory = calloc(m->state_floats * B + 1, sizeof(float));
+    s->x = new_floats(D * B);
+    s->input = new_floats(round_up(widest, 3) * B);  // whole groups
+    s->output = new_floats(round_up(outputs, TILES * LANES) * B);  // whole tiles
+    s->mixed = new_floats(3 * D * B);
+    s->attention = new_floats(m->slots * B);
+    s->distance = new_floats(m->slots * B);
+    s->tables = new_floats(groups * TABLE);
+    if (s->memory && s->x && s->input && s->output && s->mixed && s->attention && s->distance &&
+        s->tables)
+        return s;
     bolt_end(s);
     return NULL;
 }
 
-/* Forget what a text has read. */
+// Forget what a text has read.
 void bolt_restart(bolt_state *s, int text) {
     s->start[text] = s->position;
     for (size_t n = 0; n < s->model->state_floats; n++) s->memory[n * s->texts + text] = 0;
 }
 
-/* Floats between the logits of one text and of the next. */
-int bolt_row(const bolt_model *m) { return m->row; }
+// Read one id of each text. The logits of what follows go to (B, row), unless `logits` is NULL.
+void bolt_step(bolt_state *s, const uint16_t *ids, float *logits) {
+    s->model->run->step(s, ids, logits);
+}
 
-/* Read one id of each text; the logits of the next ones go to `logits` (texts, row), unless it is NULL. */
-void bolt_step(bolt_state *s, const uint16_t *ids, float *logits) { s->model->run->step(s, ids, logits); }
+/* ---- text to ids: GPT-2's byte-pair encoding, then the cut (vocab.py) ----------------------- */
 
-/* ---- text to ids: GPT-2's byte-pair encoding, then the cut (vocab.py) ---- */
+// Bytes of the character that starts with `first`, or 0 if none does.
+static int utf8_length(uint8_t first) {
+    if (first < 0x80) return 1;
+    if (first >> 5 == 0x06) return 2;
+    if (first >> 4 == 0x0E) return 3;
+    if (first >> 3 == 0x1E) return 4;
+    return 0;
+}
 
-static int decode_utf8(const uint8_t *text, size_t room, uint32_t *code) {  /* bytes of the character, or 0 */
+// The first character of a text; returns its bytes, or 0 if it is not UTF-8.
+static int decode_utf8(const uint8_t *text, size_t size, uint32_t *code) {
     static const uint32_t least[5] = {0, 0, 0x80, 0x800, 0x10000};
-    int length = text[0] < 0x80 ? 1 : text[0] >> 5 == 6 ? 2 : text[0] >> 4 == 14 ? 3 : text[0] >> 3 == 30 ? 4 : 0;
-    if (!length || (size_t)length > room) return 0;
-    *code = length == 1 ? text[0] : text[0] & (0x7Fu >> length);
+    int length = utf8_length(text[0]);
+    if (!length || (size_t)length > size) return 0;
+
+    *code = text[0];
+    if (length > 1) *code &= 0x7Fu >> length;
     for (int n = 1; n < length; n++) {
         if (text[n] >> 6 != 2) return 0;
         *code = *code << 6 | (text[n] & 0x3F);
     }
-    return *code < least[length] || *code > 0x10FFFF || (*code >= 0xD800 && *code < 0xE000) ? 0 : length;
+
+    int too_long = *code < least[length];
+    int surrogate = *code >= 0xD800 && *code < 0xE000;
+    if (too_long || surrogate || *code > 0x10FFFF) return 0;
+    return length;
 }
 
-enum { LETTER, DIGIT, SPACE, OTHER };
-
-static int kind_of(const bolt_model *m, uint32_t code) {
-    for (int kind = LETTER; kind <= SPACE; kind++) {
-        int low = 0, high = m->ranges[kind];
+static int kind_of(const tokenizer *words, uint32_t code) {
+    for (int kind = 0; kind < LISTED_KINDS; kind++) {
+        // Find the first range that does not end before the character.
+        const uint32_t *ranges = words->ranges[kind];
+        int low = 0;
+        int high = words->counts[kind];
         while (low < high) {
             int middle = (low + high) / 2;
-            if (m->classes[kind][2 * middle + 1] < code) low = middle + 1;
+            if (ranges[2 * middle + 1] < code) low = middle + 1;
             else high = middle;
         }
-        if (low < m->ranges[kind] && m->classes[kind][2 * low] <= code) return kind;
+        if (low < words->counts[kind] && ranges[2 * low] <= code) return kind;
     }
     return OTHER;
 }
 
-/* The end of the run of one kind that starts at `at`, and where its last character starts. */
-static size_t run_of(const bolt_model *m, const uint8_t *text, size_t at, size_t size, int kind, size_t *last) {
-    uint32_t code;
+// The end of the characters of one kind from `at` on; `last` becomes the start of the last one.
+static size_t run_end(const tokenizer *words, const uint8_t *text, size_t at, size_t size, int kind,
+                      size_t *last) {
     while (at < size) {
+        uint32_t code;
         int length = decode_utf8(text + at, size - at, &code);
-        if (kind_of(m, code) != kind) break;
+        if (kind_of(words, code) != kind) break;
         *last = at;
         at += (size_t)length;
     }
     return at;
 }
 
-/* The end of the piece that GPT-2 encodes by itself: a contraction; letters, digits or other signs, perhaps with a space
- * before them; or white space, of which the last character goes to the word behind it. */
-static size_t piece_end(const bolt_model *m, const uint8_t *text, size_t at, size_t size) {
-    static const char *const endings[] = {"'s", "'d", "'m", "'t", "'ll", "'ve", "'re"};
-    for (int n = 0; n < 7; n++)
-        if (size - at >= strlen(endings[n]) && !memcmp(text + at, endings[n], strlen(endings[n])))
-            return at + strlen(endings[n]);
+// The end of the piece that GPT-2 encodes by itself: a contraction; a run of letters, digits or
+// other signs, perhaps with a space in front; or white space.
+static size_t piece_end(const tokenizer *words, const uint8_t *text, size_t at, size_t size) {
+    static const char *const contractions[] = {"'s", "'d", "'m", "'t", "'ll", "'ve", "'re"};
+    for (int n = 0; n < 7; n++) {
+        size_t length = strlen(contractions[n]);
+        if (size - at >= length && !memcmp(text + at, contractions[n], length)) return at + length;
+    }
+
+    size_t start = at;
+    if (text[at] == ' ' && at + 1 < size) start++;
+    size_t last = at;
     uint32_t code;
-    size_t start = at + (text[at] == ' ' && at + 1 < size), last = at;
     decode_utf8(text + start, size - start, &code);
-    int kind = kind_of(m, code);
-    if (kind != SPACE) return run_of(m, text, start, size, kind, &last);
-    size_t end = run_of(m, text, start, size, SPACE, &last);  /* beyond `at`, whatever the classes say of a space */
-    return end < size && last > at ? last : end;
+    int kind = kind_of(words, code);
+    size_t end = run_end(words, text, start, size, kind, &last);
+
+    // The last white space before a word belongs to the word. But a piece is never empty, even if
+    // a file says that a space is no white space.
+    if (kind == SPACE && end < size && last > at) return last;
+    return end;
 }
 
-static uint32_t find_merge(const bolt_model *m, uint32_t left, uint32_t right) {  /* the id it makes, or NONE */
+// The id that a pair of ids merges to, or UINT32_MAX.
+static uint32_t find_merge(const tokenizer *words, uint32_t left, uint32_t right) {
     uint64_t key = (uint64_t)left << 32 | right << 16;
-    size_t low = 0, high = MERGES;
+    size_t low = 0;
+    size_t high = MERGES;
     while (low < high) {
         size_t middle = (low + high) / 2;
-        if (m->pairs[middle] < key) low = middle + 1;
+        if (words->pairs[middle] < key) low = middle + 1;
         else high = middle;
     }
-    return low < MERGES && m->pairs[low] >> 16 == key >> 16 ? (uint32_t)(m->pairs[low] & 0xFFFF) + BYTES : NONE;
+    if (low == MERGES || words->pairs[low] >> 16 != key >> 16) return UINT32_MAX;
+    return (uint32_t)(words->pairs[low] & 0xFFFF) + BYTES;
 }
 
-/* Merge the bytes of a piece, the earliest learned pair first; returns how many ids are left in `ids`. What a merge makes
- * is part of later merges only, so all places of the earliest pair can be merged at once. */
-static size_t merge_piece(const bolt_model *m, const uint8_t *piece, size_t count, uint32_t *ids, uint32_t *made) {
-    for (size_t n = 0; n < count; n++) ids[n] = m->id_of[piece[n]];
-    for (size_t n = 0; n < count; n++) made[n] = n + 1 < count ? find_merge(m, ids[n], ids[n + 1]) : NONE;
+// What the n-th id and the one behind it merge to.
+static uint32_t merge_at(const tokenizer *words, const uint32_t *ids, size_t n, size_t count) {
+    if (n + 1 == count) return UINT32_MAX;
+    return find_merge(words, ids[n], ids[n + 1]);
+}
+
+// Merge the bytes of a piece, always the pair that was learned first. ids: (count), becomes the
+// ids; made: (count), what each merges to with the one behind it. Returns how many ids are left.
+static size_t merge_piece(const tokenizer *words, const uint8_t *piece, size_t count, uint32_t *ids,
+                          uint32_t *made) {
+    for (size_t n = 0; n < count; n++) ids[n] = words->id_of[piece[n]];
+    for (size_t n = 0; n < count; n++) made[n] = merge_at(words, ids, n, count);
     for (;;) {
-        uint32_t earliest = NONE;
-        for (size_t n = 0; n < count; n++) earliest = made[n] < earliest ? made[n] : earliest;
-        if (earliest == NONE) return count;
+        uint32_t earliest = UINT32_MAX;
+        for (size_t n = 0; n < count; n++)
+            if (made[n] < earliest) earliest = made[n];
+        if (earliest == UINT32_MAX) return count;
+
+        // What a merge makes is part of later merges only, so we merge all its places at once.
         size_t kept = 0;
         for (size_t n = 0; n < count; n++, kept++) {
-            int merged = made[n] == earliest;
-            ids[kept] = merged ? earliest : ids[n];
-            made[kept] = made[n += (size_t)merged];
+            ids[kept] = ids[n];
+            if (made[n] == earliest) {
+                ids[kept] = earliest;
+                n++;
+            }
+            made[kept] = made[n];
         }
+
+        // Only the neighbours of what was made can merge to something new.
         count = kept;
         for (size_t n = 0; n < count; n++)
             if (ids[n] == earliest || (n + 1 < count && ids[n + 1] == earliest))
-                made[n] = n + 1 < count ? find_merge(m, ids[n], ids[n + 1]) : NONE;
+                made[n] = merge_at(words, ids, n, count);
     }
 }
 
-/* One of GPT-2's ids as ours: itself, or again and again the longest kept piece that the rest of it starts with. */
-static size_t cut(const bolt_model *m, uint32_t id, uint16_t *out) {
-    if (m->direct[id]) return out[0] = m->direct[id], 1;
-    uint8_t bytes[LONGEST_TOKEN], piece[LONGEST_TOKEN];
-    int size = token_bytes(m, id, bytes), longest;
+// Write a GPT-2 id in ours: as itself if it is kept, or else again and again as the longest kept
+// piece that the rest of it starts with. Returns how many ids these are.
+static size_t cut(const tokenizer *words, uint32_t id, uint16_t *out) {
+    if (words->ours[id]) {
+        out[0] = words->ours[id];
+        return 1;
+    }
+    uint8_t text[MAX_TOKEN_BYTES];
+    uint8_t piece[MAX_TOKEN_BYTES];
+    int size = token_bytes(words, id, text);
     size_t count = 0;
-    for (int at = 0; at < size; at += longest, count++) {
+    for (int at = 0, longest; at < size; at += longest, count++) {
         longest = 0;
-        for (uint32_t ours = m->first[bytes[at]]; ours; ours = m->next[ours]) {
-            uint32_t theirs = m->kept[ours - SPECIALS];
-            int length = m->length[theirs];
+        for (uint32_t ours = words->first[text[at]]; ours; ours = words->next[ours]) {
+            uint32_t theirs = words->kept[ours - SPECIALS];
+            int length = words->length[theirs];
             if (length <= longest || length > size - at) continue;
-            token_bytes(m, theirs, piece);
-            if (!memcmp(piece, bytes + at, (size_t)length)) longest = length, out[count] = (uint16_t)ours;
+
+            token_bytes(words, theirs, piece);
+            if (memcmp(piece, text + at, (size_t)length)) continue;
+            longest = length;
+            out[count] = (uint16_t)ours;
         }
     }
     return count;
 }
 
-/* UTF-8 to ids, at most one a byte. Returns how many, -1 if it is not UTF-8, -2 if there is not enough memory. */
+// UTF-8 to ids, at most one per byte. Returns how many, -1 if the text is not UTF-8, -2 if there is
+// not enough memory.
 long bolt_encode(const bolt_model *m, const uint8_t *text, size_t size, uint16_t *ids) {
-    uint32_t code;
-    for (size_t at = 0, length; at < size; at += length)
-        if (!(length = (size_t)decode_utf8(text + at, size - at, &code))) return -1;
-    uint32_t *work = malloc(8 * size + 8);
-    if (!work) return -2;
-    long count = 0;
-    for (size_t at = 0, end; at < size; at = end) {
-        end = piece_end(m, text, at, size);
-        size_t merged = merge_piece(m, text + at, end - at, work, work + size);
-        for (size_t n = 0; n < merged; n++) count += (long)cut(m, work[n], ids + count);
+    const tokenizer *words = &m->tokenizer;
+    for (size_t at = 0; at < size;) {
+        uint32_t code;
+        int length = decode_utf8(text + at, size - at, &code);
+        if (!length) return -1;
+        at += (size_t)length;
     }
-    free(work);
+
+    uint32_t *merged = malloc(2 * sizeof(uint32_t) * (size + 1));
+    if (!merged) return -2;
+    long count = 0;
+    for (size_t at = 0; at < size;) {
+        size_t end = piece_end(words, text, at, size);
+        size_t left = merge_piece(words, text + at, end - at, merged, merged + size);
+        for (size_t n = 0; n < left; n++) count += (long)cut(words, merged[n], ids + count);
+        at = end;
+    }
+    free(merged);
     return count;
 }
 
-/* The bytes of one of our ids; room for 1,024. Returns how many. */
+// The bytes of one of our ids; room for MAX_TOKEN_BYTES. Returns how many.
 int bolt_token(const bolt_model *m, int id, uint8_t *text) {
-    return id < SPECIALS ? 0 : token_bytes(m, m->kept[id - SPECIALS], text);
+    if (id < SPECIALS) return 0;
+    return token_bytes(&m->tokenizer, m->tokenizer.kept[id - SPECIALS], text);
 }
 
-/* ---- scoring and sampling ---- */
+/* ---- scoring and generating ---------------------------------------------------------------- */
 
+// -ln p of each id after the first, given all before it. nats: (length - 1). Returns 0, or -1
+// without memory.
+int bolt_score(bolt_state *s, const uint16_t *ids, long length, float *nats) {
+    const bolt_model *m = s->model;
+    float *logits = malloc(sizeof(float) * m->row);
+    if (!logits) return -1;
+    for (long n = 0; n + 1 < length; n++) {
+        bolt_step(s, ids + n, logits);
+        nats[n] = m->run->score(m, logits, ids[n + 1]);
+    }
+    free(logits);
+    return 0;
+}
+
+// Told of each id of each story as it is written, EOS too; returns something other than 0 to end
+// the story.
 typedef int bolt_listener(void *context, int story, int id);
 
-/* Write on after `stories` prompts (BOS first; one behind the other, `lengths` of them), each up to EOS or the most tokens,
- * as many at once as the state has texts; story n draws with seed + n. ids: room for how->tokens a story; bits: as much, the
- * surprise of each id; counts: how many ids were written; finished: whether the model ended the story itself; listener: told
- * of each id, may be NULL, ends its story by returning something else than 0. After how->stop, counts and finished are set of some stories only.
- * Returns -1 without memory. */
-int bolt_generate(bolt_state *s, int stories, const uint16_t *prompts, const long *lengths, const bolt_settings *how,
-                  uint16_t *ids, float *bits, long *counts, int *finished, bolt_listener *listener, void *context) {
+// One of the B texts side by side.
+typedef struct {
+    int story;               // the number of the story it writes, or -1
+    const uint16_t *prompt;  // what it still has to read of its prompt
+    long unread;             // ids of that
+    uint64_t seed;
+} place;
+
+// Write on after `stories` prompts, each up to EOS or the most tokens, B at once; a place that is
+// done takes the next story. Story n draws with seed + n, whatever is written beside it.
+//
+//     prompts, lengths        one prompt after another, each BOS first; their ids (stories)
+//     ids, surprise, entropy  (stories, tokens): ids without EOS, and bits of each
+//     counts, finished        (stories): ids written; whether EOS came
+//     listener                may be NULL
+//
+// Returns 0, or -1 without memory. After how->stop, some stories have no counts.
+int bolt_generate(bolt_state *s, int stories, const uint16_t *prompts, const long *lengths,
+                  const bolt_settings *how, uint16_t *ids, float *surprise, float *entropy,
+                  long *counts, int *finished, bolt_listener *listener, void *context) {
     const bolt_model *m = s->model;
-    float *logits = malloc(4 * (size_t)m->row * s->texts), *powers = malloc(4 * (size_t)m->row);
-    candidate *found = malloc(sizeof(candidate) * (size_t)(m->row + 1));
-    const uint16_t *prompt[LANES];
+    const int B = s->texts;
+    const float bits_per_nat = 1.44269504f;
+    float *logits = malloc(sizeof(float) * m->row * B);
+    float *weights = malloc(sizeof(float) * m->row);
+    candidate *found = malloc(sizeof(candidate) * (m->row + 1));
+    int good = logits && weights && found;
+
+    place places[LANES];
     uint16_t next[LANES] = {0};
-    uint64_t seed[LANES];
-    long read[LANES];
-    int story[LANES], begun = 0, ended = 0, good = logits && powers && found;
-    for (int t = 0; t < LANES; t++) story[t] = -1;
+    int begun = 0;
+    int ended = 0;
+    for (int t = 0; t < B; t++) places[t].story = -1;
     while (good && ended < stories && !(how->stop && *how->stop)) {
+        // Say what each place reads: the next id of its prompt, or the one it wrote last.
         int wanted = 0;
-        for (int t = 0; t < s->texts; t++) {
-            if (story[t] < 0 && begun < stories) {
+        for (int t = 0; t < B; t++) {
+            place *p = &places[t];
+            if (p->story < 0 && begun < stories) {
                 bolt_restart(s, t);
-                prompt[t] = prompts, seed[t] = how->seed + begun, read[t] = 0;
-                counts[begun] = 0, prompts += lengths[begun];
-                story[t] = begun++;
+                *p = (place){begun, prompts, lengths[begun], how->seed + begun};
+                prompts += lengths[begun];
+                counts[begun++] = 0;
             }
-            if (story[t] < 0) continue;
-            if (read[t] < lengths[story[t]]) next[t] = prompt[t][read[t]];
-            wanted |= ++read[t] >= lengths[story[t]];
+            if (p->story < 0) continue;
+            if (p->unread) {
+                next[t] = *p->prompt++;
+                p->unread--;
+            }
+            wanted |= !p->unread;
         }
         bolt_step(s, next, wanted ? logits : NULL);
-        for (int t = 0; t < s->texts; t++) {
-            int n = story[t];
-            if (n < 0 || read[t] < lengths[n]) continue;
-            float nats;
-            int id = m->run->choose(m, logits + (size_t)t * m->row, how, &seed[t], powers, found, &nats);
-            if (!(finished[n] = id == EOS)) {
-                size_t place = (size_t)n * how->tokens + counts[n]++;
-                bits[place] = nats * 1.44269504f;
-                ids[place] = next[t] = (uint16_t)id;
+
+        // Those that have read their prompts write an id.
+        for (int t = 0; t < B; t++) {
+            place *p = &places[t];
+            const int n = p->story;
+            if (n < 0 || p->unread) continue;
+            information about;
+            int id = m->run->choose(m, logits + (size_t)t * m->row, how, &p->seed, weights, found,
+                                    &about);
+            finished[n] = id == EOS;
+            if (!finished[n]) {
+                size_t at = (size_t)n * how->tokens + counts[n]++;
+                ids[at] = next[t] = (uint16_t)id;
+                surprise[at] = about.surprise * bits_per_nat;
+                entropy[at] = about.entropy * bits_per_nat;
             }
-            if (finished[n] || (listener && listener(context, n, id)) || counts[n] == how->tokens) story[t] = -1, ended++;
+
+            int unwanted = listener && listener(context, n, id);
+            if (finished[n] || unwanted || counts[n] == how->tokens) {
+                p->story = -1;
+                ended++;
+            }
         }
     }
     free(logits);
-    free(powers);
+    free(weights);
     free(found);
     return good ? 0 : -1;
 }
 
-/* -ln p of each id after the first, given all before it. nats: room for length - 1. Returns -1 without memory. */
-int bolt_score(bolt_state *s, const uint16_t *ids, long length, float *nats) {
-    const bolt_model *m = s->model;
-    float *logits = malloc(4 * (size_t)m->row);
-    for (long n = 0; logits && n + 1 < length; n++) {
-        bolt_step(s, ids + n, logits);
-        nats[n] = m->run->nats(m, logits, ids[n + 1]);
-    }
-    free(logits);
-    return logits ? 0 : -1;
-}
-
-/* ---- the program ---- */
+/* ---- the program --------------------------------------------------------------------------- */
 
 #ifndef BOLT_LIBRARY
 static int print_token(void *model, int story, int id) {
-    uint8_t text[LONGEST_TOKEN];
+    uint8_t text[MAX_TOKEN_BYTES];
+    int length = bolt_token(model, id, text);
     (void)story;
-    fwrite(text, 1, (size_t)bolt_token(model, id, text), stdout);
+    fwrite(text, 1, (size_t)length, stdout);
     return fflush(stdout) != 0;
 }
 
-static int usage(const char *complaint, const char *what) {
+static int usage(const char *complaint, const char *about) {
     char line[300];
-    fail(line, sizeof line, "%s%.100s", complaint, what);
-    fprintf(stderr, "error: %s (usage: bolt MODEL PROMPT [-n TOKENS] [-t TEMPERATURE] [-k TOP_K] [-p TOP_P] [-s SEED])\n",
+    snprintf(line, sizeof line, "%s%.100s", complaint, about);
+    one_line(line);
+    fprintf(stderr,
+            "error: %s (usage: bolt MODEL PROMPT [-n TOKENS] [-t TEMPERATURE] [-k TOP_K] [-p TOP_P] "
+            "[-s SEED])\n",
             line);
     return 2;
 }
 
-static int setting(const char *flag, const char *text, bolt_settings *how) {
+// Set what a flag stands for; returns whether both can be used.
+static int set(bolt_settings *how, const char *flag, const char *text) {
     char *end;
     double value = strtod(text, &end);
-    int whole = value >= 0 && value <= 1e9 && value == (double)(uint32_t)value;
     if (end == text || *end || !(value >= 0 && value <= 1e9)) return 0;
+    int whole = value == (double)(uint32_t)value;
+
     if (!strcmp(flag, "-n") && whole && value >= 1) how->tokens = (int)value;
     else if (!strcmp(flag, "-t")) how->temperature = (float)value;
     else if (!strcmp(flag, "-k") && whole) how->top_k = (int)value;
@@ -1148,36 +1922,56 @@ static int setting(const char *flag, const char *text, bolt_settings *how) {
     return 1;
 }
 
-int main(int count, char **words) {
-    bolt_settings how = {.tokens = 200, .temperature = 0.8f, .top_k = 0, .top_p = 0.95f, .seed = 0};
-    char error[5000] = "there is not enough memory";
-    if (count < 3) return usage("give a model and a prompt", "");
-    for (int n = 3; n < count; n += 2)
-        if (n + 1 == count || !setting(words[n], words[n + 1], &how)) return usage("cannot be used: ", words[n]);
-    size_t size = strlen(words[2]);
-    if (!size) return usage("the prompt is empty", "");
-    bolt_model *m = bolt_open(words[1], error, sizeof error);
-    bolt_state *s = m ? bolt_start(m, 1) : NULL;
-    uint16_t *ids = malloc(2 * (size + 1)), *written = malloc(2 * (size_t)how.tokens);
-    float *bits = malloc(4 * (size_t)how.tokens);
-    long length = s && ids && written && bits ? bolt_encode(m, (const uint8_t *)words[2], size, ids + 1) : -2;
-    if (length == -1) fail(error, sizeof error, "the prompt is not UTF-8: check the encoding of the terminal");
-    int finished, status = 2;
-    long written_count;
-    if (length >= 0) {
-        ids[0] = BOS;
-        fputs(words[2], stdout);
-        length++;
-        status = bolt_generate(s, 1, ids, &length, &how, written, bits, &written_count, &finished, print_token, m) ? 2 : 0;
-        putchar('\n');
-        if (fflush(stdout)) status = fail(error, sizeof error, "cannot write: %s", strerror(errno)) ? 2 : 0;
+// Print a prompt and what the model writes after it. Returns NULL, or what went wrong.
+static const char *tell(bolt_model *m, const char *prompt, const bolt_settings *how) {
+    const size_t size = strlen(prompt);
+    bolt_state *s = bolt_start(m, 1);
+    uint16_t *read = malloc(sizeof(uint16_t) * (size + 1));
+    uint16_t *written = malloc(sizeof(uint16_t) * how->tokens);
+    float *bits = malloc(sizeof(float) * 2 * how->tokens);
+    long length = -1;
+    long count;
+    int finished;
+    const char *problem = "there is not enough memory";
+
+    if (s && read && written && bits) {
+        read[0] = BOS;
+        length = 1 + bolt_encode(m, (const uint8_t *)prompt, size, read + 1);
     }
-    if (status) fprintf(stderr, "error: %s\n", error);
-    free(ids);
+    if (length == 0) problem = "the prompt is not UTF-8: check the encoding of the terminal";
+    if (length > 0) {
+        fputs(prompt, stdout);
+        if (!bolt_generate(s, 1, read, &length, how, written, bits, bits + how->tokens, &count,
+                           &finished, print_token, m))
+            problem = NULL;
+        putchar('\n');
+    }
+    free(read);
     free(written);
     free(bits);
     bolt_end(s);
+    return problem;
+}
+
+int main(int count, char **words) {
+    bolt_settings how = {.tokens = 200, .temperature = 0.8f, .top_p = 0.95f};
+    if (count < 3) return usage("give a model and a prompt", "");
+    for (int n = 3; n < count; n += 2)
+        if (n + 1 == count || !set(&how, words[n], words[n + 1]))
+            return usage("cannot be used: ", words[n]);
+    if (!*words[2]) return usage("the prompt is empty", "");
+
+    char error[5000];
+    const char *problem = error;
+    bolt_model *m = bolt_open(words[1], error, sizeof error);
+    if (m) problem = tell(m, words[2], &how);
+    if (fflush(stdout)) {
+        snprintf(error, sizeof error, "cannot write: %s", strerror(errno));
+        problem = error;
+    }
     bolt_close(m);
-    return status;
+    if (!problem) return 0;
+    fprintf(stderr, "error: %s\n", problem);
+    return 2;
 }
 #endif
