@@ -8,8 +8,11 @@ BIN = .venv/bin
 train: .venv/installed
 	$(BIN)/python -m flashlm_helpers train --hours $(HOURS) $(ARGS)
 
+# Threads that wait must not spin: tests have to get along beside other programs.
+test: export OMP_WAIT_POLICY = PASSIVE
 test: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/pytest
 	FLASHLM_PROFILE=smoke $(BIN)/pytest --nbmake --nbmake-timeout=300 --durations=0 notebooks

@@ -1,130 +1,236 @@
-"""Checkpoints: one self-contained file, written atomically, safe to load, enough to go on exactly."""
+"""Checkpoints: one file, written atomically, safe to load, and enough to resume exactly."""
 
-from dataclasses import asdict
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig
-from flashlm_helpers.files import atomic_write, one_line
+from flashlm_helpers.corpus import TextSource
+from flashlm_helpers.evaluation import BPCReport
+from flashlm_helpers.machine.files import atomic_write, one_line
 from flashlm_helpers.model import FlashLM
-from flashlm_helpers.optimization import Optimizers
-from flashlm_helpers.quantization import BitLinear, latent_weight, pack_ternary, ternarize, unpack_ternary
+from flashlm_helpers.quantization import latent_weight, unpack_ternary
 from flashlm_helpers.vocab import Vocabulary
 
-_FORMAT, _EARLIER = "flashlm-checkpoint-2", ("flashlm-checkpoint-1",)
-LAST, BEST = "last.pt", "best.pt"
+_FORMAT = "flashlm-checkpoint-2"
+LAST = "last.pt"  # the latest state with the optimizer, to resume from
+BEST = "best.pt"  # the weights of the lowest validation loss, to use
+
+# ---- what a run knows of itself ----
 
 
-class _EarlierVersion(Exception):
-    """The checkpoint is whole, but not of this format."""
+@dataclass
+class TrainPoint:
+    """A point of the training curve: means over the steps since the point before it."""
+
+    step: int
+    seconds: float
+    tokens: int
+    lr: float
+    nats_per_token: float
+    gradient_norm: float
 
 
-def save_checkpoint(path: str | Path, model: FlashLM, train_config: TrainConfig, vocabulary: Vocabulary,
-                    source: dict | None = None, progress: dict | None = None,
-                    optimizer: Optimizers | None = None) -> None:
-    """Write everything a run consists of, atomically: a crash leaves the previous checkpoint whole.
+@dataclass
+class ValidPoint:
+    """A point of the validation curve."""
 
-    source: how to open the corpus again. progress: the trainer's state in plain values. Without `optimizer`
-    the file serves evaluation and generation only. Raises FlashLMError if the file cannot be written.
+    step: int
+    seconds: float
+    tokens: int
+    nats_per_token: float
+    bpc: float
+    bpb: float
+
+
+@dataclass
+class History:
+    """Both curves of a run."""
+
+    train: list[TrainPoint] = field(default_factory=list)
+    valid: list[ValidPoint] = field(default_factory=list)
+
+
+ACTIVITIES = ("prepare", "train", "validate", "save", "display")
+
+
+@dataclass
+class Progress:
+    """Where a run is: all that a checkpoint must hold besides weights and optimizer."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    fraction: float = 0.0  # of the budget
+    elapsed: float = 0.0  # seconds
+    step_seconds: float = 0.0  # a running mean
+    loss: float = math.nan  # of the last step, in nats per token
+    lr: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    best: BPCReport | None = None  # of all validations
+    best_step: int = 0
+    validations_since_best: int = 0
+    next_validation: float = 0.0  # fractions of the budget
+    next_point: float = 0.0
+    pending: list[float] = field(default_factory=list)  # losses since the last TrainPoint
+    history: History = field(default_factory=History)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the speed of training, without validating, saving and displaying."""
+        return self.tokens_seen / max(self.seconds["train"], 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimate the time left from the pace so far; infinite before the first step."""
+        if not self.fraction:
+            return math.inf
+        spent = self.elapsed - self.seconds["prepare"]
+        return spent * (1 - self.fraction) / self.fraction
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "Progress":
+        """Make a Progress of what asdict() gave, also in an earlier version."""
+        progress = cls(**content)
+        rows = content.get("history", {"train": [], "valid": []})
+        progress.history = History(
+            [TrainPoint(**row) for row in rows["train"]],
+            [ValidPoint(**row) for row in rows["valid"]],
+        )
+
+        # The best validation and its step used to be one dictionary, empty before the first.
+        best = dict(content.get("best") or {})
+        progress.best_step = best.pop("step", progress.best_step)
+        progress.best = BPCReport(**best) if best else None
+        return progress
+
+
+# ---- files ----
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds. Without an optimizer it serves scoring and writing only."""
+
+    network: nn.Module
+    train_config: TrainConfig
+    vocabulary: Vocabulary
+    source: TextSource | None = None  # how to open the text again
+    progress: Progress = field(default_factory=Progress)
+    optimizer: dict | None = None  # its state_dict()
+    random_state: Tensor | None = None
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write everything a run consists of, atomically: a crash leaves the earlier file whole.
+
+    Raises FlashLMError if the file cannot be written.
     """
-    content = {
-        "format": _FORMAT,
-        "model_config": asdict(model.config),
-        "train_config": asdict(train_config),
-        "vocabulary": {"hash": vocabulary.hash, "kept": list(vocabulary.kept), "coverage": vocabulary.coverage},
-        "source": source or {},
-        "progress": progress or {},
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict() if optimizer else None,
-        "random_state": torch.get_rng_state(),
+    # Only tensors and plain values, so that loading need not run code.
+    vocabulary = checkpoint.vocabulary
+    content = plain_content(checkpoint)
+    content["vocabulary"] = {
+        "hash": vocabulary.hash,
+        "kept": list(vocabulary.kept),
+        "coverage": vocabulary.coverage,
     }
+    content["model"] = checkpoint.network.state_dict()
     with atomic_write(Path(path)) as file:
         torch.save(content, file)
 
 
-def save_compact(path: str | Path, content: dict) -> None:
-    """Write the model of a checkpoint for use, not for training on: small enough to hand around.
+def plain_content(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a file holds besides weights and vocabulary, in plain values."""
+    source = checkpoint.source
 
-    content: load_checkpoint()'s result. Ternary weights take 1.6 bits, the embedding float16, the rest float32. What
-    load_checkpoint() makes of the file computes the same up to the embedding's rounding and the last bit of scales. It
-    does not say where the text was. Raises FlashLMError if the file cannot be written.
+    # Dataclasses become dictionaries; the vocabulary and the weights come on top of these.
+    return {
+        "format": _FORMAT,
+        "model_config": asdict(checkpoint.network.config),
+        "train_config": asdict(checkpoint.train_config),
+        "source": asdict(source) if source else {},
+        "progress": asdict(checkpoint.progress),
+        "optimizer": checkpoint.optimizer,
+        "random_state": checkpoint.random_state,
+    }
+
+
+def load_checkpoint(
+    path: str | Path,
+    prefer: str = BEST,
+    build_model: Callable[[ModelConfig], nn.Module] = FlashLM,
+) -> Checkpoint:
+    """Read a checkpoint, or the `prefer` file of a run's folder, without running code from it.
+
+    build_model: makes the network that the weights belong to.
+    Raises FlashLMError if it is missing, truncated, damaged, not one of ours, or has a mixer that
+    is not registered here.
     """
-    weights, model = {}, content["model"]
-    ternary = {f"{name}.weight" for name, layer in model.named_modules()
-               if isinstance(layer, BitLinear) and layer.ternary}
-    for name, weight in model.state_dict().items():
-        if name in ternary:
-            values, scale = ternarize(weight)
-            weights[name] = {"packed": pack_ternary(values), "scale": scale, "shape": list(weight.shape)}
-        else:
-            weights[name] = weight.half() if name == "embedding.weight" else weight
-    vocabulary = content["vocabulary"]
-    compact = content | {
-        "model_config": asdict(content["model_config"]), "train_config": asdict(content["train_config"]),
-        "vocabulary": {"hash": vocabulary.hash, "coverage": vocabulary.coverage,
-                       "kept": torch.tensor(vocabulary.kept, dtype=torch.int32)},
-        "source": {}, "progress": {}, "model": weights, "optimizer": None, "random_state": None}
-    with atomic_write(Path(path)) as file:
-        torch.save(compact, file)
+    # A run's folder holds two checkpoints.
+    path = Path(path)
+    if path.is_dir():
+        path = path / prefer
+    if not path.is_file():
+        raise FlashLMError(f"there is no checkpoint {path}: give a .pt file or a run's folder")
+
+    # weights_only refuses everything that could run code.
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise FlashLMError("it is not a FlashLM checkpoint of this version")
+        return _rebuild(content, build_model, path)
+    except UnpicklingError as error:
+        raise FlashLMError(
+            f"{path} cannot be loaded, it is damaged or holds more than tensors and plain values: "
+            "give a .pt file that this program saved"
+        ) from error
+    except Exception as error:  # torch.load raises nearly anything on damaged bytes
+        reason = one_line(error)[:200]
+        raise FlashLMError(f"{path} cannot be loaded: {reason}") from error
+
+
+def _rebuild(content: dict, build_model: Callable, path: Path) -> Checkpoint:
+    # The vocabulary is the one that was saved, or else the file is damaged.
+    saved = content["vocabulary"]
+    kept = torch.as_tensor(saved["kept"]).tolist()
+    vocabulary = Vocabulary(kept, saved["coverage"])
+    vocabulary.check_matches(saved["hash"], str(path))
+
+    # A network of the saved architecture, with the saved weights.
+    config = ModelConfig.from_dict(content["model_config"])
+    with torch.random.fork_rng(devices=[]):  # the first weights are drawn in vain
+        network = build_model(config)
+    weights = {name: _expand(weight) for name, weight in content["model"].items()}
+    network.load_state_dict(weights)
+
+    # The rest turns from dictionaries into dataclasses again.
+    recipe = TrainConfig.from_dict(content["train_config"])
+    source = TextSource.from_dict(content["source"])
+    progress = Progress.from_dict(content["progress"])
+    optimizer = _single_optimizer(content["optimizer"])
+    random_state = content["random_state"]
+    return Checkpoint(network, recipe, vocabulary, source, progress, optimizer, random_state)
 
 
 def _expand(weight: Tensor | dict) -> Tensor:
-    """A weight of a compact checkpoint as it is in a model; raises ValueError if it is not finite."""
+    """Return a weight of a compact checkpoint as the network holds it."""
     if isinstance(weight, dict):
-        weight = latent_weight(unpack_ternary(weight["packed"], tuple(weight["shape"])), weight["scale"].view(()))
+        ternary = unpack_ternary(weight["packed"], tuple(weight["shape"]))
+        weight = latent_weight(ternary, weight["scale"].view(()))
     if not weight.isfinite().all():
         raise ValueError("it holds weights that are not finite")
     return weight.float()
 
 
-def load_checkpoint(path: str | Path, prefer: str = BEST) -> dict:
-    """Read a checkpoint without running any code from it; for a run's folder, its `prefer` file.
-
-    Returns what save_checkpoint() wrote, its configs as ModelConfig and TrainConfig, its vocabulary as
-    Vocabulary, its weights in a FlashLM under "model". Raises FlashLMError if it is missing, truncated, damaged or
-    not one of ours.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / prefer
-    if not path.is_file():
-        raise FlashLMError(f"there is no checkpoint {path}: give a .pt file or the folder of a run")
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-        if isinstance(content, dict) and content.get("format") in _EARLIER:
-            raise _EarlierVersion
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise FlashLMError("it is no FlashLM checkpoint of this version")
-        content["model_config"] = ModelConfig(**content["model_config"])
-        # What was saved before there was a choice was trained by AdamW, and on the whole vocabulary.
-        earlier = {"optimizer": "adamw", "sampled_softmax": False}
-        content["train_config"] = TrainConfig(**earlier | content["train_config"])
-        saved = content["vocabulary"]
-        content["vocabulary"] = Vocabulary(torch.as_tensor(saved["kept"]).tolist(), saved["coverage"])
-        content["vocabulary"].require(saved["hash"], str(path))
-        weights, content["model"] = content["model"], FlashLM(content["model_config"])
-        content["model"].load_state_dict({name: _expand(weight) for name, weight in weights.items()})
-    except _EarlierVersion:
-        raise FlashLMError(f"{path} was saved by an earlier version, whose weights lie otherwise: train anew") from None
-    except UnpicklingError as error:
-        raise FlashLMError(f"{path} cannot be loaded, it is damaged or holds more than tensors and "
-                           "plain values: give a .pt file that this program saved") from error
-    except Exception as error:  # torch.load raises nearly anything on damaged bytes
-        raise FlashLMError(f"{path} cannot be loaded, it is damaged or of another program "
-                           f"({one_line(error)[:160]})") from error
-    return content
-
-
-def load_model(path: str | Path, vocabulary: Vocabulary | None = None) -> tuple[FlashLM, Vocabulary]:
-    """The model of a checkpoint, ready to score and generate, and its vocabulary.
-
-    vocabulary: if given, must be the checkpoint's own. Raises FlashLMError if it is another one, and as
-    load_checkpoint() does.
-    """
-    content = load_checkpoint(path)
-    if vocabulary is not None:
-        vocabulary.require(content["vocabulary"].hash, str(path))
-    return content["model"].eval(), content["vocabulary"]
+def _single_optimizer(state: Any) -> dict | None:
+    """Return the optimizer's state; an earlier version kept a list, with Muon of two."""
+    if isinstance(state, list):
+        return state[0] if len(state) == 1 else {"several": state}
+    return state

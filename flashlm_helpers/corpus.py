@@ -1,258 +1,262 @@
-"""Stories, one string each, from the hub, from a folder of one's own, or from the built-in generator."""
+"""Texts as streams of stories: from the hub, a folder, any strings, or the built-in generator."""
 
 import hashlib
 import itertools
-import json
-import logging
 import os
-import queue
 import sys
-import threading
-import urllib.error
-import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flashlm_helpers import builtin
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.files import one_line
+from flashlm_helpers.sources.files import READERS, SEPARATOR, read_stories
+from flashlm_helpers.sources.hub import HUB, HUB_NAME, HubDataset, open_split
 
-SEPARATOR = "<|endoftext|>"
 SPLITS = ("train", "valid")
-HELD_OUT = 20  # without a validation split, one story in twenty is held out
-HUB_PATIENCE = 5.0  # seconds the hub has to answer at all
-DOWNLOAD_PATIENCE = 120.0  # seconds a hub that answers has to deliver its first story
 BUILTIN_STORIES = {"train": 20_000, "valid": 1_000}
+
+# Where a text has no validation split, one story in so many is held out.
+HELD_OUT = 20
 
 
 @dataclass(frozen=True)
-class HubDataset:
-    """Where a dataset is on the hub; valid=None means that one story in twenty of train is held out."""
+class TextSource:
+    """How to open a text again: the name of a data set, or a folder. Checkpoints hold it."""
 
-    path: str
-    subset: str | None
-    train: str
-    valid: str | None
-    field: str
+    dataset: str | None = None
+    text_dir: str | None = None
+    limit: int | None = None  # training stories
 
-
-HUB = {
-    "tinystories": HubDataset("roneneldan/TinyStories", None, "train", "validation", "text"),
-    "simplestories": HubDataset("SimpleStories/SimpleStories", None, "train", "test", "story"),
-    "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", None, "text"),
-}
+    @classmethod
+    def from_dict(cls, content: dict) -> "TextSource | None":
+        """Read what asdict() gave, also in an earlier version; return None if it names no text."""
+        dataset = content.get("dataset")
+        text_dir = content.get("text_dir")
+        # Earlier versions kept the size of the vocabulary here, too.
+        if dataset or text_dir:
+            return cls(dataset, text_dir, content.get("limit"))
+        return None
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of stories. name: for people; key: changes whenever the text does (caches are keyed by it)."""
+    """An open text.
+
+    name: for people, and for the names of caches. key: changes whenever the text does, so caches
+    are keyed by it. read: yields the stories of "train" or "valid". source: how to open the text
+    again; None if that is impossible.
+    """
 
     name: str
     key: str
-    read: Callable[[str], Iterator[str]]
+    read: Callable[[str], Iterable[str]]
+    source: TextSource | None = None
 
     def stories(self, split: str) -> Iterator[str]:
-        """Yield the stories of "train" or "valid", without white space around them and without empty ones.
+        """Yield the stories of "train" or "valid", stripped of white space, without empty ones.
 
-        Raises FlashLMError if the split is unknown or its text cannot be read.
+        Raises FlashLMError if there is no such split or its text cannot be read.
         """
         if split not in SPLITS:
             raise FlashLMError(f"unknown split {split!r}: choose train or valid")
-        return (story for story in map(str.strip, self.read(split)) if story)
+        return filter(None, map(str.strip, self.read(split)))
 
 
-def open_corpus(dataset: str = "auto", text_dir: str | Path | None = None, limit: int | None = None) -> Corpus:
-    """The one way to text: a folder of one's own if given, otherwise a dataset by name.
+def open_corpus(text: Any = "auto", limit: int | None = None) -> Corpus:
+    """Open a text, wherever it is.
 
-    dataset: "tinystories", "simplestories" or "fineweb-edu" from the hub, "builtin" for the built-in
-    generator, or "auto": TinyStories, or the built-in corpus when the hub does not answer within 5 seconds.
-    limit: take only the first `limit` training stories (of a generator: make that many).
-    Raises FlashLMError for an unknown name or a folder that does not hold what it should.
+    text is one of
+      - "tinystories", "simplestories", "fineweb-edu": data sets of the hub;
+      - "owner/name", "owner/name:config", "owner/name:config:field": any data set of the hub;
+      - "builtin": the built-in story generator;
+      - "auto": TinyStories, or "builtin" if the hub does not answer within 5 seconds;
+      - a folder that holds train*, and perhaps valid*, as .txt, .jsonl or .parquet;
+      - strings: any iterable, read once into memory, or {"train": strings, "valid": strings};
+      - a TextSource, as a checkpoint holds it, or a Corpus, which is returned as it is.
+    limit: take only the first `limit` training stories (of the generator: make that many).
+    Raises FlashLMError if there is no such text. A hub is asked when the stories are read; "auto"
+    also asks at once.
     """
-    if text_dir is not None:
-        return _folder_corpus(Path(text_dir), limit)
-    if dataset == "builtin":
-        return _builtin_corpus(limit)
-    if dataset == "auto":
-        try:
-            _start_hub_stream(HUB["tinystories"], "train")
-        except FlashLMError as error:
-            print(f"{one_line(error)}; using the built-in corpus", file=sys.stderr)
-            return _builtin_corpus(limit)
-        dataset = "tinystories"
-    if dataset not in HUB:
-        raise FlashLMError(f"unknown dataset {dataset!r}: choose one of auto, builtin, {', '.join(HUB)}, "
-                           "or give a folder with --text-dir")
-    source = HUB[dataset]
-    return Corpus(dataset, _key(dataset, source, limit), lambda split: _hub_stories(source, split, limit))
+    if limit is not None and limit < 1:
+        raise FlashLMError(f"limit must be at least 1 story, not {limit}")
+    if limit is not None and isinstance(text, Corpus | TextSource):
+        raise FlashLMError("this text has its limit already: give one where you first open it")
+
+    # What was opened before.
+    if isinstance(text, Corpus):
+        return text
+    if isinstance(text, TextSource):
+        place = Path(text.text_dir) if text.text_dir else text.dataset
+        return open_corpus(place, text.limit)
+
+    # A name, a folder, or the stories themselves.
+    if isinstance(text, str):
+        return _open_named(text, limit)
+    if isinstance(text, Path):
+        return _open_folder(text, limit)
+    return _open_strings(text, limit)
+
+
+def _open_named(name: str, limit: int | None) -> Corpus:
+    # A checkpoint must name what "auto" became: it may become something else tomorrow.
+    if name == "auto":
+        name = _choose_reachable()
+    if name == "builtin":
+        return _open_builtin(limit)
+
+    # A folder comes before a data set of the hub, whose name looks like a path.
+    match = HUB_NAME.fullmatch(name)
+    if name in HUB:
+        dataset = HUB[name]
+    elif os.path.isdir(name):
+        return _open_folder(Path(name), limit)
+    elif match:
+        path, subset, field = match.groups()
+        dataset = HubDataset(path, subset or None, field=field or None)
+    else:
+        known = f"auto, builtin, {', '.join(HUB)}"
+        others = "any data set of the hub as owner/name, or a folder that holds train*.txt"
+        raise FlashLMError(f"there is no text {name!r}: give {known}, {others}")
+
+    # Caches are keyed by the place on the hub: what is there is taken to stay the same.
+    key = _key(name, dataset, limit)
+    read = partial(_read_hub, dataset, limit)
+    return Corpus(name, key, read, TextSource(name, None, limit))
+
+
+def _choose_reachable() -> str:
+    """Return "tinystories" if its first story comes; otherwise say why not and return "builtin"."""
+    try:
+        open_split(HUB["tinystories"], "train")
+    except FlashLMError as error:
+        print(f"{error}; using the built-in corpus", file=sys.stderr)
+        return "builtin"
+    return "tinystories"
+
+
+def _read_hub(dataset: HubDataset, limit: int | None, split: str) -> Iterator[str]:
+    stories, own = open_split(dataset, split)
+
+    # Without a validation split, hold out a thousand stories, and not one in twenty of millions.
+    if split == "valid":
+        limit = None if own else BUILTIN_STORIES["valid"]
+    if not own:
+        stories = _hold_out(stories, split)
+    return itertools.islice(stories, limit)
 
 
 def _key(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    content = repr(parts).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def is_held_out(story: str) -> bool:
-    """Whether a story belongs to validation where a corpus brings no validation split: one in twenty, by content."""
-    return zlib.crc32(story.strip().encode("utf-8", "surrogatepass")) % HELD_OUT == 0
+    """Return whether a story, by its content, is the one in twenty that is held out."""
+    # Not hash(), which differs from process to process.
+    content = story.strip().encode("utf-8", "surrogatepass")
+    return zlib.crc32(content) % HELD_OUT == 0
 
 
-# The built-in corpus
+def _hold_out(stories: Iterable[str], split: str) -> Iterator[str]:
+    """Yield the stories that belong to a split by their content."""
+    wanted = split == "valid"
+    for story in stories:
+        if is_held_out(story) == wanted:
+            yield story
 
 
-def _builtin_corpus(limit: int | None) -> Corpus:
-    counts = BUILTIN_STORIES | ({"train": limit} if limit else {})
-    return Corpus("builtin", _key("builtin", builtin.VERSION, counts),
-                  lambda split: builtin.stories(split, count=counts[split]))
+# ---- the built-in generator, and strings in memory ----
+#
+# Here and below, `read` is a function and not a closure, so that a corpus can be pickled and
+# sent to another process.
 
 
-# A folder of one's own
+def _open_builtin(limit: int | None) -> Corpus:
+    # It has no end, so a limit may also ask for more.
+    counts = dict(BUILTIN_STORIES)
+    if limit:
+        counts["train"] = limit
+    key = _key("builtin", builtin.VERSION, counts)
+    read = partial(_read_builtin, counts)
+    return Corpus("builtin", key, read, TextSource("builtin", None, limit))
 
 
-def _folder_corpus(folder: Path, limit: int | None) -> Corpus:
+def _read_builtin(counts: dict[str, int], split: str) -> Iterator[str]:
+    return builtin.stories(split, count=counts[split])
+
+
+def _open_strings(text: Iterable[str], limit: int | None) -> Corpus:
+    stories = {"train": [], "valid": []}
+    if isinstance(text, dict):
+        if set(text) != set(SPLITS):
+            raise FlashLMError("a dict of stories has the keys train and valid, and no other")
+        stories["train"] += itertools.islice(_check_strings(text["train"]), limit)
+        stories["valid"] += _check_strings(text["valid"])
+    else:
+        # A generator can be read only once, and may be endless: so the limit ends it.
+        for story in _check_strings(text):
+            split = "valid" if is_held_out(story) else "train"
+            stories[split].append(story)
+            if len(stories["train"]) == limit:
+                break
+
+    # Equal stories have equal keys, so caches are found again in another process, too.
+    key = _key("stories", stories)
+    return Corpus("stories", key, stories.__getitem__)
+
+
+def _check_strings(stories: Iterable[Any]) -> Iterator[str]:
+    for story in stories:
+        if not isinstance(story, str):
+            kind = type(story).__name__
+            raise FlashLMError(f"a story must be a string, not {kind}: give an iterable of strings")
+        yield story
+
+
+# ---- a folder, and the files in it ----
+
+
+def _open_folder(folder: Path, limit: int | None) -> Corpus:
     if not folder.is_dir():
-        raise FlashLMError(f"{folder} is not a folder: --text-dir wants one that holds train*.txt")
-    files = {split: sorted(p for p in folder.glob(f"{split}*") if p.suffix in _READERS and p.is_file())
-             for split in SPLITS}
+        raise FlashLMError(f"{folder} is not a folder: give one that holds train*.txt")
+    files = {split: _find_files(folder, split) for split in SPLITS}
     if not files["train"]:
-        what = "holds no train*.txt, train*.jsonl or train*.parquet" if any(folder.iterdir()) else "is empty"
-        raise FlashLMError(f"{folder} {what}: put your stories into train.txt, with a line {SEPARATOR} after each")
+        problem = "is empty"
+        if any(folder.iterdir()):
+            problem = "holds no train*.txt, train*.jsonl or train*.parquet"
+        advice = f"put stories into train.txt, with a line {SEPARATOR} after each"
+        raise FlashLMError(f"{folder} {problem}: {advice}")
 
-    def read(split: str) -> Iterator[str]:
-        own_validation = bool(files["valid"])
-        stories = itertools.chain.from_iterable(map(read_stories, files[split if own_validation else "train"]))
-        if not own_validation:
-            stories = (story for story in stories if is_held_out(story) == (split == "valid"))
-        return itertools.islice(stories, limit if split == "train" else None)
+    # A file that is written again has another time of change, so its caches are built anew.
+    states = []
+    for path in files["train"] + files["valid"]:
+        state = path.stat()
+        states.append((str(path.resolve()), state.st_size, state.st_mtime_ns))
 
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files["train"] + files["valid"]]
-    return Corpus(folder.resolve().name, _key(stats, limit), read)
-
-
-def read_stories(path: str | Path) -> Iterator[str]:
-    """Yield the stories of a .txt file (separated by <|endoftext|>), or of a .jsonl or .parquet one.
-
-    A .jsonl or .parquet file has a field `text` or `story`. Only one story is in memory at a time.
-    Raises FlashLMError if the file is missing, is not text, or has no such field.
-    """
-    path = Path(path)
-    try:
-        yield from _READERS.get(path.suffix, _read_text)(path)
-    except UnicodeDecodeError as error:
-        raise FlashLMError(f"{path} is not valid UTF-8 text ({error.reason} in byte {error.start} of a block): "
-                           "convert it to UTF-8, or take it out") from error
-    except OSError as error:
-        raise FlashLMError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+    # The full path, since a run may be resumed from another working folder.
+    folder = folder.resolve()
+    key = _key(states, limit)
+    read = partial(_read_folder, files, limit)
+    return Corpus(folder.name, key, read, TextSource(None, str(folder), limit))
 
 
-def _read_text(path: Path) -> Iterator[str]:
-    rest = ""
-    with path.open(encoding="utf-8-sig") as file:
-        while block := file.read(1 << 20):
-            if "\0" in block:
-                raise FlashLMError(f"{path} is a binary file, not text: give a plain UTF-8 .txt file")
-            *stories, rest = (rest + block).split(SEPARATOR)
-            yield from stories
-    yield rest
+def _find_files(folder: Path, split: str) -> list[Path]:
+    # In the order of their names, which is the order of the stories.
+    found = sorted(folder.glob(f"{split}*"))
+    return [path for path in found if path.suffix in READERS and path.is_file()]
 
 
-def _text_of(record, path: Path) -> str:
-    for field in ("text", "story"):
-        if isinstance(record, dict) and isinstance(record.get(field), str):
-            return record[field]
-    raise FlashLMError(f"{path} has a record without a string field `text` or `story`: name the field so")
+def _read_folder(files: dict[str, list[Path]], limit: int | None, split: str) -> Iterator[str]:
+    # Without files for validation, both splits are read from those for training.
+    paths = files[split] if files["valid"] else files["train"]
+    stories = itertools.chain.from_iterable(map(read_stories, paths))
+    if not files["valid"]:
+        stories = _hold_out(stories, split)
 
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise FlashLMError(f"{path}, line {number} is not JSON ({error.msg}): "
-                                       "write one object a line") from error
-                yield _text_of(record, path)
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        columns = [name for name in ("text", "story") if name in table.schema_arrow.names][:1]
-        for rows in table.iter_batches(batch_size=1024, columns=columns):
-            for record in rows.to_pylist():
-                yield _text_of(record, path)
-    except pyarrow.ArrowInvalid as error:
-        raise FlashLMError(f"{path} is not a parquet file, or is damaged: {one_line(error)}") from error
-
-
-_READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-# The hub
-
-
-def _hub_stories(source: HubDataset, split: str, limit: int | None) -> Iterator[str]:
-    rows = _start_hub_stream(source, split)
-    stories = (row[source.field] for row in rows)
-    if source.valid is None:
-        stories = (story for story in stories if is_held_out(story) == (split == "valid"))
-    count = limit if split == "train" else BUILTIN_STORIES["valid"] if source.valid is None else None
-    try:
-        yield from itertools.islice(stories, count)
-    except Exception as error:  # whatever the network does halfway must not become a short corpus
-        raise FlashLMError(f"{source.path} broke off ({one_line(error)}): try again") from error
-
-
-def _start_hub_stream(source: HubDataset, split: str) -> Iterator[dict]:
-    """The rows of a split, once the first has come; the hub has 5 seconds to answer at all.
-
-    The work is in a daemon thread because the hub's client retries for minutes and takes no time-out.
-    """
-    import datasets  # takes seconds to import, so only here and before the clock starts
-
-    for name in ("datasets", "huggingface_hub", "fsspec", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    outcome: queue.Queue = queue.Queue()
-    answered = threading.Event()
-
-    def load():
-        try:
-            part = getattr(source, split) or source.train
-            rows = iter(datasets.load_dataset(source.path, source.subset, split=part, streaming=True))
-            first = next(rows)
-            outcome.put(itertools.chain([first], rows))
-        except BaseException as error:
-            outcome.put(error)
-
-    threading.Thread(target=load, daemon=True).start()
-    threading.Thread(target=lambda: _hub_answers() and answered.set(), daemon=True).start()
-    hint = "check the connection, or choose --dataset builtin or --text-dir"
-    try:
-        result = outcome.get(timeout=HUB_PATIENCE)
-    except queue.Empty:
-        if not answered.is_set():
-            raise FlashLMError(f"the hub did not answer within {HUB_PATIENCE:.0f} seconds ({hint})") from None
-        try:
-            result = outcome.get(timeout=DOWNLOAD_PATIENCE)
-        except queue.Empty:
-            raise FlashLMError(f"{source.path} sent no story in {DOWNLOAD_PATIENCE:.0f} seconds ({hint})") from None
-    if isinstance(result, BaseException):
-        raise FlashLMError(f"{source.path} cannot be read from the hub ({type(result).__name__}; {hint})") from result
-    return result
-
-
-def _hub_answers() -> bool:
-    """Whether the hub's server answers a request at all, be it with an error."""
-    try:
-        address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_PATIENCE).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
+    if split == "train":
+        stories = itertools.islice(stories, limit)
+    return stories

@@ -1,152 +1,242 @@
-"""Bits per character that nobody can object to: every token of every story, divided by the text itself."""
+"""Bits per character, counted so that nobody can object: every token of every story."""
 
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.hardware import products
-from flashlm_helpers.head import ROWS
-from flashlm_helpers.model import FlashLM
+from flashlm_helpers.machine.numbers import matmul_autocast
+from flashlm_helpers.mixers import State, map_state
+from flashlm_helpers.model import LanguageModel
 from flashlm_helpers.quantization import freeze_ternary
 from flashlm_helpers.vocab import BOS, EOS, PAD, Vocabulary
 
-LEVEL = 0.95  # of the intervals
-_POSITIONS = 2048  # in the model at once, of all sequences that stand side by side
+# ---- what every token costs: negative log-likelihoods in nats ----
 
-# (model, BPC, how it was counted): what others report, and why these figures cannot be compared with ours directly.
-PUBLISHED = (
-    ("TinyStories-1M (float, GPU)", 0.62, "as reported: at most 257 tokens of a story scored, and not the first, "
-                                          "but all its characters counted"),
-    ("TinyStories-1M (float, GPU)", 0.69, "about: every token of every story"),
-    ("FlashLM v4 (ternary, CPU)", 0.88, "as reported: cut as above, and by ids of another vocabulary than the model's"),
-)
+# Stories differ in length, and padding all to the longest would waste most of the work. Instead
+# they are cut into pieces of one width, which fill a few lanes:
+#
+#               pass 0     pass 1     pass 2     pass 3
+#     lane 0   | A, 0     | A, 1     | A, 2     | A, 3  |     A is the longest story
+#     lane 1   | B, 0     | B, 1     | D, 0     | F, 0  |
+#     lane 2   | C, 0     | C, 1     | E, 0     |       |
+#
+# A pass reads one piece per lane. "A, 1" goes on from the states that "A, 0" left in its lane;
+# before the first piece of another story, the states of the lane become zeros again.
+
+POSITIONS = 2048  # that the network reads per pass, in all lanes together
+LANES = (32, 16, 8, 4, 2, 1)  # the numbers of lanes to choose from
+
+
+class Piece(NamedTuple):
+    """Where a part of a sequence is read."""
+
+    lane: int
+    sequence: int  # its index
+    start: int  # position of the part's first id in the sequence
+
+
+def pack_into_lanes(lengths: Sequence[int], lanes: int, width: int) -> list[list[Piece]]:
+    """Cut sequences into pieces of `width` positions and spread them over lanes, longest first.
+
+    lengths: positions per sequence. Returns the pieces of each pass, at most one per lane; the
+    pieces of a sequence follow one another in one lane.
+    """
+    passes = []
+    filled = [0] * lanes  # passes that each lane is busy in
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for sequence in longest_first:
+        lane = filled.index(min(filled))
+
+        # The lane's next free passes are for this sequence, from its start to its end.
+        for start in range(0, lengths[sequence], width):
+            if filled[lane] == len(passes):
+                passes.append([])
+            passes[filled[lane]].append(Piece(lane, sequence, start))
+            filled[lane] += 1
+    return passes
+
+
+def _count_passes(lengths: Sequence[int], lanes: int) -> int:
+    """Return how many passes sequences of these lengths take, at the least, in so many lanes."""
+    width = POSITIONS // lanes
+    longest = 0
+    total = 0
+    for length in lengths:
+        pieces = math.ceil(length / width)
+        longest = max(longest, pieces)
+        total += pieces
+    return max(longest, math.ceil(total / lanes))
+
+
+def _reset_states(states: list[State], keep: Tensor) -> list[State]:
+    """Set the states to zeros in every lane where `keep` (lanes,) is False."""
+
+    def reset(state: Tensor) -> Tensor:
+        return state * keep.view(-1, *[1] * (state.ndim - 1))
+
+    return [map_state(reset, state) for state in states]
+
+
+@torch.no_grad()
+def token_nats(
+    network: nn.Module, sequences: Sequence[np.ndarray], bfloat16: bool | None = None
+) -> list[np.ndarray]:
+    """Return the negative log-likelihood, in nats, of every id of each sequence but the first.
+
+    network: a FlashLM, or anything with its hidden() and token_nll(). sequences: int64 ids that
+    start with BOS, of any length; nothing is truncated, and memory does not grow with length.
+    bfloat16: whether matmuls are computed in it (None: where the processor has it). Returns
+    float64 arrays, one id shorter than the sequences.
+    """
+    # The frozen copy is not compiled: that would take longer than it saves.
+    frozen = freeze_ternary(network)
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    result = list(map(np.empty, lengths))
+    lanes = min(LANES, key=lambda count: _count_passes(lengths, count))
+    width = POSITIONS // lanes
+
+    states = None
+    for pieces in pack_into_lanes(lengths, lanes, width):
+        # Put the pieces side by side; each takes along the id after it, its last target.
+        ids = torch.full((lanes, width + 1), PAD)
+        continues = torch.zeros(lanes, dtype=torch.bool)
+        for lane, sequence, start in pieces:
+            part = torch.from_numpy(sequences[sequence][start : start + width + 1])
+            ids[lane, : len(part)] = part
+            continues[lane] = start > 0
+        if states is not None:
+            states = _reset_states(states, continues)
+
+        # Read them all at once.
+        with matmul_autocast(bfloat16):
+            hidden, states = frozen.hidden(ids[:, :-1], states)
+            targets = ids[:, 1:].flatten()
+            nats = frozen.token_nll(hidden.flatten(0, 1), targets).view(lanes, width)
+
+        # Hand each sequence its own, without what only fills up a piece.
+        for lane, sequence, start in pieces:
+            own = result[sequence][start : start + width]
+            own[:] = nats[lane, : len(own)]
+    return result
+
+
+# ---- the accounting: from nats to bits per character ----
+
+# The intervals: how many of the draws of the bootstrap they hold, and how many there are.
+LEVEL = 0.95
+DRAWS = 1000
 
 
 @dataclass(frozen=True)
 class BPCReport:
-    """What a model needs for a text, with the counts it was divided by.
+    """What a text costs a model, with the counts that it was divided by."""
 
-    bpc, bpb: bits per character (Unicode code point) and per UTF-8 byte. nats_per_token: mean over the
-    n_tokens tokens of the text. end_nats_per_story: what the end symbols cost, in none of the other figures.
-    interval: bootstrap over stories, {"level", "bpc": [low, high], "bpb": [low, high]}, None for a single story.
-    """
-
-    bpc: float
-    bpb: float
+    bpc: float  # bits per character (Unicode code point)
+    bpb: float  # bits per byte of UTF-8
     nats_per_token: float
     n_stories: int
-    n_tokens: int
+    n_tokens: int  # of the text, without BOS and EOS
     n_chars: int
     n_bytes: int
-    end_nats_per_story: float
+    end_nats_per_story: float  # what the end symbols cost, in none of the other figures
+
+    # From a bootstrap over stories: {"level": 0.95, "bpc": [low, high], "bpb": [low, high]}, plain
+    # numbers for JSON. None for a single story.
     interval: dict | None
 
-    def as_dict(self) -> dict:
-        """The report as plain numbers, for JSON."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        low, high = self.interval["bpc"] if self.interval else (float("nan"), float("nan"))
-        return (f"BPC {self.bpc:.4f} [{low:.4f}, {high:.4f}]  BPB {self.bpb:.4f}  "
-                f"{self.nats_per_token:.4f} nats/token over {self.n_stories:,} stories, "
-                f"{self.n_tokens:,} tokens, {self.n_chars:,} characters")
+        low, high = self.interval["bpc"] if self.interval else (math.nan, math.nan)
+        return (
+            f"BPC {self.bpc:.4f} [{low:.4f}, {high:.4f}]  BPB {self.bpb:.4f}  "
+            f"{self.nats_per_token:.4f} nats/token over {self.n_stories:,} stories, "
+            f"{self.n_tokens:,} tokens, {self.n_chars:,} characters"
+        )
 
 
 def encode_stories(vocabulary: Vocabulary, stories: Sequence[str]) -> list[np.ndarray]:
-    """Each story as BOS, its ids, EOS (int64); raises FlashLMError if there is none or one is empty."""
+    """Return each story as BOS, its ids, EOS (int64).
+
+    Raises FlashLMError if there is no story, or an empty one.
+    """
     if not stories or not all(stories):
         raise FlashLMError("there is no story to score: give a text with at least one")
-    return [np.concatenate(([BOS], ids, [EOS])).astype(np.int64) for ids in vocabulary.encode_batch(stories)]
-
-
-def _count_lanes(lengths: list[int]) -> int:
-    """Side by side in how many lanes sequences of these lengths take the fewest passes of _POSITIONS positions."""
-
-    def passes(lanes: int) -> int:
-        pieces = [-(-length * lanes // _POSITIONS) for length in lengths]
-        return max(max(pieces, default=0), -(-sum(pieces) // lanes))
-
-    return min((32, 16, 8, 4, 2, 1), key=passes)
-
-
-@torch.no_grad()
-def token_nats(model: FlashLM, sequences: Sequence[np.ndarray], bfloat16: bool | None = None) -> list[np.ndarray]:
-    """-ln p of every id but the first of each sequence, given all ids before it; float64 arrays.
-
-    sequences: ids starting with BOS, of any length; nothing is truncated and memory does not grow with length.
-    bfloat16: whether matrix products are made in it (None: where the processor has it); all the rest is float32.
-    """
-    frozen = freeze_ternary(model)  # its blocks are eager: compiling them once more takes longer than it saves
-    result = [np.empty(len(sequence) - 1) for sequence in sequences]
-    # The sequences stand end to end in a few lanes, whose width never changes: no padding, and one program for rows.
-    lanes = _count_lanes([len(nats) for nats in result])
-    width = _POSITIONS // lanes
-    queues: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]  # (sequence, first position) of every piece
-    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
-        shortest = min(queues, key=len)
-        shortest += [(i, start) for start in range(0, len(result[i]), width)]
-    past = None
-    for pieces in itertools.zip_longest(*queues, fillvalue=(None, 0)):
-        ids = torch.full((lanes, width + 1), PAD)
-        for lane, (i, start) in enumerate(pieces):
-            if i is not None:
-                piece = torch.from_numpy(sequences[i][start : start + width + 1])
-                ids[lane, : len(piece)] = piece
-        if past is not None:
-            carried = torch.tensor([start > 0 for _, start in pieces])
-            past = [state * carried.view(-1, *[1] * (state.ndim - 1)) for state in past]
-        with products(bfloat16):
-            hidden, past = frozen.hidden(ids[:, :-1], past)
-            rows = zip(hidden.flatten(0, 1).split(ROWS), ids[:, 1:].flatten().split(ROWS), strict=True)
-            nats = torch.cat([frozen.row_nats(frozen.head(h), targets) for h, targets in rows]).view(lanes, width)
-        for lane, (i, start) in enumerate(pieces):
-            if i is not None:
-                count = min(width, len(result[i]) - start)
-                result[i][start : start + count] = nats[lane, :count]
-    return result
+    sequences = []
+    for ids in vocabulary.encode_batch(stories):
+        sequences.append(np.concatenate(([BOS], ids, [EOS])).astype(np.int64))
+    return sequences
 
 
 def bits_report(stories: Sequence[str], nats: Sequence[np.ndarray], seed: int = 0) -> BPCReport:
-    """The accounting, the same for a model and for every baseline.
+    """Turn nats into bits per character and per byte; the same for a model and every baseline.
 
-    stories: the texts. nats: for each, -ln p of its tokens and, last, of the end symbol. Sums the tokens'
-    nats over all stories and divides by ln 2 and by the characters (BPC) or UTF-8 bytes (BPB) of these texts.
+    stories: the texts. nats: for each story the negative log-likelihoods of its tokens and, last,
+    of its end symbol. The tokens' nats are summed over all stories and divided by ln 2 and by the
+    characters or bytes of the texts, so that long stories count as much as they are long.
     """
-    text = np.array([n[:-1].sum() for n in nats])
-    chars = np.array([len(s) for s in stories])
-    size = np.array([len(s.encode("utf-8", "surrogatepass")) for s in stories])
-    n_tokens = sum(len(n) - 1 for n in nats)
+    # Sum each story by itself, since the bootstrap draws whole stories.
+    text_nats = []
+    end_nats = []
+    characters = []
+    size = []  # bytes
+    for story, values in zip(stories, nats, strict=True):
+        text_nats.append(values[:-1].sum())
+        end_nats.append(values[-1])
+        characters.append(len(story))
+        size.append(len(story.encode("utf-8", "surrogatepass")))
+
+    # The end symbols are left out: they belong to no character.
+    total = float(np.sum(text_nats))
+    bits = total / math.log(2)
+    n_tokens = sum(map(len, nats)) - len(nats)
+
+    # What the figures would have been for other stories of the same kind.
     interval = None
     if len(stories) > 1:
-        draws = np.random.default_rng(seed).multinomial(len(stories), np.full(len(stories), 1 / len(stories)), 1000)
-        tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-        interval = {"level": LEVEL}
-        for name, lengths in (("bpc", chars), ("bpb", size)):
-            interval[name] = np.quantile(draws @ text / (draws @ lengths) / math.log(2), tails).tolist()
-    bits = float(text.sum()) / math.log(2)
+        times = _bootstrap(len(stories), seed)
+        interval = {
+            "level": LEVEL,
+            "bpc": _interval(times @ text_nats / (times @ characters)),
+            "bpb": _interval(times @ text_nats / (times @ size)),
+        }
     return BPCReport(
-        bpc=bits / int(chars.sum()), bpb=bits / int(size.sum()), nats_per_token=float(text.sum()) / n_tokens,
-        n_stories=len(stories), n_tokens=n_tokens, n_chars=int(chars.sum()), n_bytes=int(size.sum()),
-        end_nats_per_story=float(np.mean([n[-1] for n in nats])), interval=interval,
+        bpc=bits / sum(characters),
+        bpb=bits / sum(size),
+        nats_per_token=total / n_tokens,
+        n_stories=len(stories),
+        n_tokens=n_tokens,
+        n_chars=sum(characters),
+        n_bytes=sum(size),
+        end_nats_per_story=float(np.mean(end_nats)),
+        interval=interval,
     )
 
 
-def evaluate(model: FlashLM, vocabulary: Vocabulary, stories: Sequence[str],
-             bfloat16: bool | None = None) -> BPCReport:
+def _bootstrap(stories: int, seed: int) -> np.ndarray:
+    """Draw as many stories as there are, with replacement; return how often each was drawn.
+
+    Returns (DRAWS, stories): a row is a text that might as well have been there.
+    """
+    # Drawing the counts at once is the same as drawing story by story, and faster.
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(stories, np.full(stories, 1 / stories), DRAWS)
+
+
+def _interval(nats: np.ndarray) -> list[float]:
+    """Return [low, high], in bits, between which LEVEL of the draws (in nats) lie."""
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    return np.quantile(nats / math.log(2), tails).tolist()
+
+
+def evaluate(model: LanguageModel, stories: Sequence[str]) -> BPCReport:
     """Score whole stories: every token, the first one included, given BOS and all tokens before it.
 
-    model: a FlashLM, or one of another runtime that has a token_nats(sequences) of its own.
-    bfloat16: as in token_nats(); on real text the two formats differ by 0.00004 nats/token.
-    Raises FlashLMError if there is no story, or if vocabulary and model do not belong together.
+    model: of any runtime. Raises FlashLMError if there is no story, or an empty one.
     """
-    if not isinstance(model, FlashLM):
-        return bits_report(stories, model.token_nats(encode_stories(vocabulary, stories)))
-    if len(vocabulary) != model.config.vocabulary_size:
-        raise FlashLMError(f"the model knows {model.config.vocabulary_size} ids and the vocabulary has "
-                           f"{len(vocabulary)}: use the vocabulary the model was trained with")
-    return bits_report(stories, token_nats(model, encode_stories(vocabulary, stories), bfloat16))
+    sequences = encode_stories(model.vocabulary, stories)
+    return bits_report(stories, model.token_nats(sequences))

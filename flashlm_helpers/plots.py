@@ -1,31 +1,59 @@
-"""Figures of the series: labelled axes with units, colours that colour-blind readers can tell apart."""
+"""The figures of the series: axes with units, and colours that colour-blind readers tell apart."""
 
 import time
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, black last.
-BLUE, ORANGE, GREEN, PURPLE, SKY, RED, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-COLOURS, MARKS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, BLACK), "os^vDPX*"
+from flashlm_helpers.checkpoint import History, Progress
+from flashlm_helpers.evaluation import BPCReport
+from flashlm_helpers.generation import Story
+
+# The palette of Okabe and Ito.
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
+RED = "#D55E00"
+BLACK = "#000000"
+
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, BLACK)
+MARKS = "os^vDPX*"
 
 
-def plot_training(history: dict, figure: Figure | None = None) -> Figure:
-    """Loss (nats/token, training and validation) and learning rate against minutes of a run.
+def _column(rows: Sequence, name: str, unit: float = 1) -> np.ndarray:
+    """Return one field of every row as multiples of `unit`: 60 turns seconds into minutes."""
+    return np.array([getattr(row, name) for row in rows]) / unit
 
-    history: TrainResult.history or the same from report.json. Returns the figure, drawn into `figure` if given.
+
+def plot_training(history: History, figure: Figure | None = None) -> Figure:
+    """Plot a run's loss (nats/token, training and validation) and learning rate over minutes.
+
+    Returns the figure: a new one, or `figure`, drawn anew.
     """
-    figure = figure or plt.figure(figsize=(7, 4.5), layout="constrained")
+    if figure is None:
+        figure = plt.figure(figsize=(7, 4.5), layout="constrained")
     figure.clear()
+
+    # The loss above, the learning rate below, over the same minutes.
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    for name, style in (("train", {"color": SKY, "label": "training"}),
-                        ("valid", {"color": BLUE, "label": "validation", "marker": "o", "linestyle": ""})):
-        loss.plot([r["seconds"] / 60 for r in history[name]], [r["nats_per_token"] for r in history[name]], **style)
+
+    trained = _column(history.train, "seconds", 60)
+    validated = _column(history.valid, "seconds", 60)
+
+    # Validations are few, so each is a dot.
+    loss.plot(trained, _column(history.train, "nats_per_token"), color=SKY, label="training")
+    dots = {"color": BLUE, "marker": "o", "linestyle": "", "label": "validation"}
+    loss.plot(validated, _column(history.valid, "nats_per_token"), **dots)
     loss.set_ylabel("loss (nats/token)")
     loss.legend()
-    rate.plot([r["seconds"] / 60 for r in history["train"]], [r["lr"] for r in history["train"]], color=ORANGE)
+
+    # The rate belongs to steps, so it has as many points as the training loss.
+    rate.plot(trained, _column(history.train, "lr"), color=ORANGE)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("time (minutes)")
     rate.set_ylim(bottom=0)
@@ -35,92 +63,146 @@ def plot_training(history: dict, figure: Figure | None = None) -> Figure:
 
 
 class LiveLossCurve:
-    """The live loss curve of a run in a notebook: pass it to train() as `on_step`.
+    """The loss curve of a run in a notebook, drawn while it trains: pass it as `on_step`.
 
-    every: seconds between two drawings; a drawing costs about a tenth of a second.
+    every: seconds between two drawings; each takes about a tenth of a second.
     """
 
     def __init__(self, every: float = 3.0):
-        self.every, self._drawn, self._display = every, 0.0, None
+        self.every = every
+        self._drawn = 0.0
+        self._display = None
         self._figure = plt.figure(figsize=(7, 4.5), layout="constrained")
-        plt.close(self._figure)  # shown through its display handle only, not a second time after the cell
+        plt.close(self._figure)  # it is shown by its display handle, not once more after the cell
 
-    def __call__(self, progress) -> None:
-        """Redraw if it is time to, or if the budget is spent; `progress` is training.Progress."""
+    def __call__(self, progress: Progress) -> None:
+        """Draw the curve anew if it is time to, or if the budget is spent."""
         from IPython.display import display
 
         now = time.monotonic()
-        if not progress.history["train"] or (now - self._drawn < self.every and progress.fraction < 1):
+        too_soon = now - self._drawn < self.every and progress.fraction < 1
+        if too_soon or not progress.history.train:
             return
         self._drawn = now
+
         plot_training(progress.history, self._figure)
-        self._figure.suptitle(f"{progress.tokens_per_second:,.0f} tokens/s, {progress.tokens_seen / 1e6:.2f} M tokens, "
-                              f"{progress.seconds_left:.0f} s left", fontsize=10)
+        title = (
+            f"{progress.tokens_per_second:,.0f} tokens/s, "
+            f"{progress.tokens_seen / 1e6:.2f} M tokens, {progress.seconds_left:.0f} s left"
+        )
+        self._figure.suptitle(title, fontsize=10)
+
+        # The first drawing makes a place in the notebook, the others replace it.
         if self._display is None:
             self._display = display(self._figure, display_id=True)
         else:
             self._display.update(self._figure)
 
 
-def plot_race(records: list[dict]) -> Figure:
-    """Validation bits per byte against minutes, and against tokens seen; a line a run, a colour and a mark an entrant.
+def plot_race(records: Sequence) -> Figure:
+    """Plot validation bits per byte over minutes and over tokens seen, one line per run.
 
-    records: what race.race() returns. Values more than half above the worst end are cut off.
+    records: the RaceRecords of race(). Each entrant has a colour and a mark. Values more than
+    half above the worst end are cut off.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
-    names = list(dict.fromkeys(record["entrant"] for record in records))
-    ends = [record["validation"][-1]["bpb"] for record in records]
-    for panel, key, unit, label in zip(panels, ("seconds", "tokens"), (60, 1e6), ("time (minutes)", "tokens seen (M)"),
-                                       strict=True):
-        for record in records:
-            number = names.index(record["entrant"])
-            panel.plot([row[key] / unit for row in record["validation"]], [row["bpb"] for row in record["validation"]],
-                       color=COLOURS[number % len(COLOURS)], marker=MARKS[number % len(MARKS)], markersize=4, alpha=0.8,
-                       label=record["entrant"] if record["seed"] == records[0]["seed"] else None)
-        panel.set_xlabel(label)
-        panel.set_xlim(0, 1.04 * max(row[key] / unit for record in records for row in record["validation"]))
-        panel.set_ylim(min(ends) * 0.97, max(ends) * 1.5)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("validation bits per byte")
-    panels[1].legend(fontsize=8)
+    figure, (by_time, by_tokens) = plt.subplots(
+        1, 2, figsize=(10, 4.5), sharey=True, layout="constrained"
+    )
+    _draw_race(by_time, records, "seconds", 60)
+    _draw_race(by_tokens, records, "tokens", 1e6)
+
+    # The panels share their y axis, which leaves out how bad all were at the start.
+    ends = [record.validation[-1].bpb for record in records]
+    by_time.set_ylim(min(ends) * 0.97, max(ends) * 1.5)
+    by_time.set_ylabel("validation bits per byte")
+    by_time.set_xlabel("time (minutes)")
+    by_tokens.set_xlabel("tokens seen (M)")
+    by_tokens.legend(fontsize=8)
     return figure
 
 
-def plot_bpc(reports: dict, compressors: dict, highlight: str) -> Figure:
-    """BPC of models and compressors as horizontal bars, the best on top, with bootstrap intervals.
+def _draw_race(panel: Axes, records: Sequence, name: str, unit: float) -> None:
+    """Draw a line per run over a field of its validations, in units of `unit`."""
+    entrants = []
+    furthest = 0.0
+    for record in records:
+        # Only the first run of an entrant appears in the legend.
+        label = None
+        if record.entrant not in entrants:
+            entrants.append(record.entrant)
+            label = record.entrant
+        number = entrants.index(record.entrant)
 
-    reports: {name: BPCReport}; compressors: {name: {"bpc": ...}}; highlight: the name drawn in another colour.
+        # Its runs have one colour and one mark.
+        x = _column(record.validation, name, unit)
+        furthest = max(furthest, x.max())
+        panel.plot(
+            x,
+            _column(record.validation, "bpb"),
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKS[number % len(MARKS)],
+            markersize=4,
+            alpha=0.8,
+            label=label,
+        )
+    panel.set_xlim(0, 1.04 * furthest)
+    panel.grid(alpha=0.3)
+
+
+def plot_bpc(
+    reports: dict[str, BPCReport], compressors: dict[str, dict[str, float]], highlight: str
+) -> Figure:
+    """Plot the BPC of models and compressors as bars, the best on top, with their intervals.
+
+    compressors: {name: {"bpc": ...}}. highlight: the name that has another colour.
     """
-    bars = {name: (report.bpc, report.interval) for name, report in reports.items()}
-    bars |= {name: (value["bpc"], None) for name, value in compressors.items()}
-    names = sorted(bars, key=lambda name: bars[name][0], reverse=True)
+    bpc = {name: report.bpc for name, report in reports.items()}
+    for name, found in compressors.items():
+        bpc[name] = found["bpc"]
+
+    # Bars are drawn from the bottom up, so the worst comes first.
+    names = sorted(bpc, key=bpc.get, reverse=True)
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1), layout="constrained")
-    values = np.array([bars[name][0] for name in names])
-    axes.barh(names, values, color=[BLUE if name == highlight else SKY for name in names])
+
     for row, name in enumerate(names):
-        value, interval = bars[name]
-        low, high = interval["bpc"] if interval else (value, value)
+        axes.barh(name, bpc[name], color=BLUE if name == highlight else SKY)
+
+        # The number goes behind the interval; compressors have none, nor has a single story.
+        high = bpc[name]
+        interval = reports[name].interval if name in reports else None
         if interval:
+            low, high = interval["bpc"]
             axes.plot([low, high], [row, row], color=BLACK, linewidth=2)
-        axes.annotate(f"{value:.2f}", (high, row), xytext=(6, 0), textcoords="offset points", va="center")
+        _write_beside(axes, f"{bpc[name]:.2f}", high, row)
+
     axes.set_xlabel("bits per character (lower is better; black: 95 % interval over stories)")
-    axes.set_xlim(0, values.max() * 1.12)
+    axes.set_xlim(0, max(bpc.values()) * 1.12)
     return figure
 
 
-def plot_entropy(story, pieces: list[str]) -> Figure:
-    """Bits per generated token: the model's entropy before each choice, and the surprise of what was chosen.
+def _write_beside(axes: Axes, text: str, x: float, row: int) -> None:
+    """Write a text a little to the right of a bar that ends at x."""
+    axes.annotate(text, (x, row), xytext=(6, 0), textcoords="offset points", va="center")
 
-    story: generation.Story. pieces: the text of each generated token, written below its place.
+
+def plot_entropy(story: Story, pieces: Sequence[str]) -> Figure:
+    """Plot, in bits, a model's entropy before each token it wrote, and the surprise of the token.
+
+    pieces: the text of each token, written below its place.
     """
-    figure, axes = plt.subplots(figsize=(max(7, 0.2 * len(pieces)), 3.6), layout="constrained")
+    width = max(7, 0.2 * len(pieces))
+    figure, axes = plt.subplots(figsize=(width, 3.6), layout="constrained")
     places = np.arange(len(pieces))
+
+    # A choice above its bar was less likely than the model's choices are on average.
     axes.bar(places, story.entropy, color=SKY, label="entropy before the choice")
     axes.plot(places, story.surprise, "o", color=RED, markersize=4, label="surprise of the choice")
-    axes.set_xticks(places, [piece.replace("\n", "\\n").replace("$", r"\$") for piece in pieces], rotation=90,
-                    fontsize=8)
+
+    # Unescaped, \n would break the line, and text between two $ would become a formula.
+    labels = [piece.replace("\n", "\\n").replace("$", r"\$") for piece in pieces]
+    axes.set_xticks(places, labels, rotation=90, fontsize=8)
     axes.set_xlim(-1, len(pieces))
-    axes.set_ylabel("bits")
     axes.set_xlabel("generated token")
+    axes.set_ylabel("bits")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure

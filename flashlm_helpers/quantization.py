@@ -1,16 +1,17 @@
-"""Ternary weights: absmean rounding, the straight-through estimator, and the linear layer built on them."""
+"""Ternary weights: absmean rounding, the straight-through estimator, and a layer built on them."""
 
 import copy
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# ---- three values and a scale ----
+
 
 def ternarize(weight: Tensor, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
-    """Round a weight to {-1, 0, +1} and the scale that restores its magnitude.
+    """Round a weight to {-1, 0, +1} and return the scale that restores its magnitude.
 
     weight: (D_out, D_in) latent float weight.
     Returns (ternary, scale): int8 of weight's shape, and mean |weight| as a scalar.
@@ -35,20 +36,20 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def quantize_straight_through(weight: Tensor) -> Tensor:
-    """The weight a BitLinear computes with: scale * ternary forward, identity backward.
+    """Return the weight that a BitLinear computes with: scale * ternary.
 
-    weight: (D_out, D_in) latent float weight. Returns the same shape and dtype.
-    Source: arXiv:1308.3432 (the estimator), arXiv:2402.17764 (its use here).
+    The gradient passes straight through to the latent weight, (D_out, D_in), as if nothing had
+    been rounded. Source: arXiv:1308.3432 (the estimator), arXiv:2402.17764 (its use here).
     """
     return _StraightThrough.apply(weight)
 
 
 class BitLinear(nn.Linear):
-    """A linear layer without bias whose weights are ternary when it computes, float when it learns.
+    """A linear layer without bias: ternary weights when it computes, float weights when it learns.
 
-    Input (..., D_in), output (..., D_out). `weight` is the latent float weight that the optimizer moves.
-    ternary: False leaves the weights float in both, for measuring what ternary weights cost.
-    Source: arXiv:2402.17764 (weights as there; activations stay float in FlashLM v4).
+    Input (..., D_in), output (..., D_out). `weight` is the latent float weight, which the
+    optimizer moves. ternary=False leaves it as it is, to measure what ternary weights cost.
+    Source: arXiv:2402.17764, but activations stay float in FlashLM v4.
     """
 
     def __init__(self, in_features: int, out_features: int, ternary: bool = True):
@@ -56,7 +57,7 @@ class BitLinear(nn.Linear):
         self.ternary = ternary
 
     def reset_parameters(self) -> None:
-        """Draw the latent weight from a normal distribution with standard deviation 1 / sqrt(D_in)."""
+        """Draw the latent weight from a normal distribution of standard deviation D_in ** -0.5."""
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,58 +66,73 @@ class BitLinear(nn.Linear):
 
     @property
     def effective_weight(self) -> Tensor:
-        """The weight (D_out, D_in) that the layer computes with."""
+        """Return the weight (D_out, D_in) that the layer computes with."""
         return quantize_straight_through(self.weight) if self.ternary else self.weight
 
 
-_PLACES = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)  # of the five digits in a byte, base 3
+# ---- five weights per byte ----
+
+_DIGIT_VALUES = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)  # of five digits in base 3
 
 
 def pack_ternary(ternary: Tensor) -> Tensor:
-    """Five ternary weights to a byte, as digits of base 3: 1.6 bits each, where 1.58 would be the least.
+    """Store five ternary weights per byte: 1.6 bits per weight, where 1.58 would be the least.
 
-    ternary: {-1, 0, +1} of any shape. Returns uint8, (ceil(n / 5),); unused places of the last byte hold 0.
+    ternary: {-1, 0, +1} of any shape. Returns uint8, (ceil(n / 5),).
     """
-    digits = F.pad((ternary.flatten() + 1).to(torch.uint8), (0, -ternary.numel() % 5), value=1)
-    return (digits.view(-1, 5) * _PLACES).sum(1, dtype=torch.uint8)
+    digits = (ternary.flatten() + 1).to(torch.uint8)  # -1, 0, +1 become 0, 1, 2
+    digits = F.pad(digits, (0, -len(digits) % 5), value=1)  # the last byte is filled up with 0
+    return (digits.view(-1, 5) * _DIGIT_VALUES).sum(1, dtype=torch.uint8)
 
 
 def unpack_ternary(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What pack_ternary() packed: int8 of `shape`. Raises ValueError if `packed` (uint8) is of another length."""
+    """Return the weights that pack_ternary() stored, int8 of `shape`.
+
+    packed: uint8, (ceil(n / 5),). Raises ValueError if its length does not fit the shape.
+    """
     count = math.prod(shape)
     if len(packed) != -(-count // 5):
         raise ValueError(f"{len(packed)} bytes are not {count} ternary weights")
-    digits = packed[:, None] // _PLACES % 3
-    return (digits.flatten()[:count].to(torch.int8) - 1).view(shape)
+    digits = packed[:, None] // _DIGIT_VALUES % 3
+    ternary = digits.flatten()[:count].to(torch.int8) - 1
+    return ternary.view(shape)
 
 
 def latent_weight(ternary: Tensor, scale: Tensor) -> Tensor:
-    """A latent weight that ternarize() takes back to just this.
+    """Return a latent weight that ternarize() turns into just this ternary weight and scale.
 
-    ternary: {-1, 0, +1}, (D_out, D_in). scale: a scalar. Returns float32: dividing by the share of weights that are not
-    0 makes the mean magnitude `scale` again.
+    ternary: {-1, 0, +1}, (D_out, D_in). scale: a scalar. Returns float32 of ternary's shape.
     """
-    return ternary * (scale / ternary.abs().float().mean().clamp(min=1e-8))
+    # Zeros pull the mean magnitude down, so the other weights are larger by as much.
+    share_not_zero = ternary.abs().float().mean()
+    return ternary * (scale / share_not_zero.clamp(min=1e-8))
 
 
-def _linear(layer: BitLinear) -> nn.Linear:
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.effective_weight.detach().clone(), requires_grad=False)
-    return linear
+# ---- for inference: round once ----
 
 
-def freeze_ternary(model: nn.Module, substitute: Callable[[BitLinear], nn.Module] = _linear) -> nn.Module:
-    """A copy of `model` for inference, in which each BitLinear is a plain linear layer of its ternary weights.
+def freeze_ternary(network: nn.Module) -> nn.Module:
+    """Copy a network for inference, with a plain linear layer in place of each BitLinear.
 
-    The outputs are the same to the last bit; the rounding is done once instead of at every call.
-    substitute: makes something else of each BitLinear.
+    Its outputs are the same to the last bit, but weights are rounded once instead of at each call.
     """
-    if isinstance(model, BitLinear):
-        return substitute(model).eval().requires_grad_(False)
-    layers = [layer for layer in model.modules() if isinstance(layer, BitLinear)]
-    frozen = copy.deepcopy(model, {id(layer.weight): layer.weight for layer in layers})  # no copy of what is replaced
+    if isinstance(network, BitLinear):
+        return _frozen_linear(network)
+
+    # The copy shares the latent weights, which would be thrown away in the next step.
+    layers = [layer for layer in network.modules() if isinstance(layer, BitLinear)]
+    shared = {id(layer.weight): layer.weight for layer in layers}
+    frozen = copy.deepcopy(network, shared)
+
     for parent in list(frozen.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, BitLinear):
-                setattr(parent, name, substitute(layer))
+                setattr(parent, name, _frozen_linear(layer))
     return frozen.eval().requires_grad_(False)
+
+
+def _frozen_linear(layer: BitLinear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    weight = layer.effective_weight.detach().clone()
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear.eval()

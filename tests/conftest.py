@@ -2,18 +2,23 @@ import itertools
 import os
 import signal
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from flashlm_helpers import builtin, head
+from flashlm_helpers import builtin, loss
 from flashlm_helpers.config import ModelConfig, TrainConfig
 from flashlm_helpers.corpus import SEPARATOR, open_corpus
+from flashlm_helpers.model import FlashLM
+from flashlm_helpers.optimization import build_optimizer
 from flashlm_helpers.tokens import prepare
+from flashlm_helpers.training import train
 
 # What tests compile is neither the clone's cache nor in a folder that is gone with the first test.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "flashlm-tests-compiled"))
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "flashlm-tests-compiled")
+)
 
 
 def write_stories(path, stories):
@@ -28,22 +33,44 @@ def interrupt_at(step):
     return lambda progress: signal.raise_signal(signal.SIGINT) if progress.step == step else None
 
 
+def fresh(model_config, train_config, vocabulary):
+    """A network and its optimizer as Experiment.run() makes them."""
+    torch.manual_seed(train_config.seed)
+    network = FlashLM(replace(model_config, vocabulary_size=len(vocabulary)))
+    return network, build_optimizer(network, train_config)
+
+
+def run_training(model_config, train_config, text, folder, **arguments):
+    """Train from the seed of the recipe; returns (network, progress, stop reason)."""
+    network, optimizer = fresh(model_config, train_config, text.vocabulary)
+    arguments.setdefault("on_step", quiet)
+    progress, stopped_by, _ = train(network, optimizer, train_config, text, folder, **arguments)
+    return network, progress, stopped_by
+
+
 def assert_same_run(one, other):
-    """Weights, optimizer state and all that a checkpoint says of a run but its times, bit for bit."""
-    for name, tensor in one["model"].state_dict().items():
-        assert torch.equal(tensor, other["model"].state_dict()[name]), name
-    for part, same in zip(one["optimizer"], other["optimizer"], strict=True):
-        assert part["param_groups"] == same["param_groups"] and part["state"].keys() == same["state"].keys()
-        for key, state in part["state"].items():
-            assert all(torch.equal(state[name], same["state"][key][name]) for name in state)
-    assert torch.equal(one["random_state"], other["random_state"])
-    timeless = [{k: v for k, v in content["progress"].items() if k not in ("elapsed", "seconds", "step_seconds")}
-                for content in (one, other)]
-    for progress in timeless:
-        for rows in progress["history"].values():
-            for row in rows:
-                del row["seconds"]
-    assert timeless[0] == timeless[1]
+    """Weights, optimizer state and all that a checkpoint says of a run but times, bit for bit."""
+    weights = other.network.state_dict()
+    for name, tensor in one.network.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert one.optimizer["param_groups"] == other.optimizer["param_groups"]
+    assert one.optimizer["state"].keys() == other.optimizer["state"].keys()
+    for key, state in one.optimizer["state"].items():
+        same = other.optimizer["state"][key]
+        assert all(torch.equal(state[name], same[name]) for name in state)
+    assert torch.equal(one.random_state, other.random_state)
+    assert timeless(one.progress) == timeless(other.progress)
+
+
+def timeless(progress):
+    """A Progress as a dictionary, without what depends on the clock."""
+    content = asdict(progress)
+    for name in ("elapsed", "seconds", "step_seconds"):
+        del content[name]
+    for rows in content["history"].values():
+        for row in rows:
+            del row["seconds"]
+    return content
 
 
 @pytest.fixture(scope="session")
@@ -62,39 +89,46 @@ def text_dir(tmp_path_factory, stories):
 @pytest.fixture(scope="session")
 def prepared(text_dir, tmp_path_factory):
     """(vocabulary, train tokens, valid tokens) of a hundred stories."""
-    return prepare(open_corpus(text_dir=text_dir), 1_000, tmp_path_factory.mktemp("data"))
+    return prepare(open_corpus(text_dir), 1_000, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def vocabulary(prepared):
-    return prepared[0]
+    return prepared.vocabulary
 
 
 @pytest.fixture
 def few_candidates(monkeypatch):
     """A sampled softmax that has something to leave out of a small vocabulary."""
-    monkeypatch.setattr(head, "CANDIDATES", 200)
+    monkeypatch.setattr(loss, "NEGATIVES", 200)
 
 
 @pytest.fixture
 def model_config(vocabulary):
-    return ModelConfig("test", width=16, blocks=2, hidden=24, sequence_length=32, kernel_size=4,
-                       vocabulary_size=len(vocabulary))
+    return ModelConfig(
+        "test",
+        width=16,
+        blocks=2,
+        hidden=24,
+        sequence_length=32,
+        kernel_size=4,
+        vocabulary_size=len(vocabulary),
+    )
 
 
 @pytest.fixture
 def hybrid_config(model_config):
     """The same with attention of a short window in one block, and layer scales."""
-    return replace(model_config, attention=(1,), heads=2, window=12, layer_scale=True)
+    return replace(model_config, mixers=("conv", "attention"), heads=2, window=12, layer_scale=True)
 
 
-def stir(model):
+def stir(network):
     """Give the layer scales values, so that blocks count; as they start, they do not."""
     with torch.no_grad():
-        for block in model.blocks:
+        for block in network.blocks:
             if block.layer_scale is not None:
                 block.layer_scale.normal_(1.0, 0.3)
-    return model
+    return network
 
 
 @pytest.fixture

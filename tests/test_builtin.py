@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from flashlm_helpers import builtin
+from flashlm_helpers.builtin import generator
 
 SHE, HE = {"she", "her", "herself"}, {"he", "him", "his", "himself"}
-OTHERS_APPEAR = {"the snowman", "the magic word", "the baby bird", "the wind and the hat"}  # a third person
+# Plots with a third person
+OTHERS_APPEAR = {"the snowman", "the magic word", "the baby bird", "the wind and the hat"}
 MALFORMED = [
     r"  |^\s|\s$|\s\n|\n\s",  # stray white space
     r"[{}\[\]|@/_]",  # something not filled in
@@ -29,7 +31,7 @@ MALFORMED = [
 @pytest.fixture(scope="module")
 def told():
     """20,000 training stories as (combination, text)."""
-    return list(islice(builtin._generate("train", 0), 20_000))
+    return list(islice(generator.generate("train", 0), 20_000))
 
 
 def words(text):
@@ -42,18 +44,24 @@ def test_wrong_split_is_refused():
 
 
 def test_same_stories_for_any_count_process_and_hash_seed():
-    code = "from flashlm_helpers.builtin import stories; print(*stories('valid', 7, 40), sep='\\n\\n')"
+    code = (
+        "from flashlm_helpers.builtin import stories\nprint(*stories('valid', 7, 40), sep='\\n\\n')"
+    )
     root = Path(builtin.__file__).parents[2]
     env = {**os.environ, "PYTHONHASHSEED": "123"}
-    other = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, check=True)
+    other = subprocess.check_output([sys.executable, "-c", code], env=env, cwd=root)
+
     here = list(builtin.stories("valid", 7, 60))
     assert len(here) == 60
-    assert other.stdout.decode().split() == "\n\n".join(here[:40]).split()
+    assert other.decode().split() == "\n\n".join(here[:40]).split()
     assert list(islice(builtin.stories("valid", 7), 60)) == here
 
 
 def test_seeds_and_splits_differ():
-    first = {tuple(builtin.stories(split, seed, 20)) for split in ("train", "valid") for seed in (0, 1, 2)}
+    first = set()
+    for split in ("train", "valid"):
+        for seed in (0, 1, 2):
+            first.add(tuple(builtin.stories(split, seed, 20)))
     assert len(first) == 6
 
 
@@ -62,20 +70,21 @@ def test_no_story_twice(told):
 
 
 def test_no_story_twice_even_when_few_are_possible(monkeypatch):
-    plot = builtin.Plot("tiny", {"hero": ["child"]}, [[["One"], ["Two"], ["Three"]]])
-    cast = {"child": [builtin.Cast(["Lily"], "she", "girl")]}
-    monkeypatch.setattr(builtin, "_load", lambda: ({}, cast, [plot]))
-    split = builtin._split_of(("tiny", "Lily"))
+    plot = generator.Plot("tiny", {"hero": ["child"]}, [[["One"], ["Two"], ["Three"]]])
+    cast = {"child": [generator.Cast(["Lily"], "she", "girl")]}
+    monkeypatch.setattr(generator, "load", lambda: ({}, cast, [plot]))
+    split = generator.find_split(("tiny", "Lily"))
     assert sorted(builtin.stories(split, 0, 3)) == ["One", "Three", "Two"]
 
 
 def test_combinations_of_validation_never_occur_in_training(told):
     train = {combination for combination, _ in told}
-    train |= {combination for combination, _ in islice(builtin._generate("train", 5), 5_000)}
+    train |= {combination for combination, _ in islice(generator.generate("train", 5), 5_000)}
     for seed in (0, 1):
-        valid = list(islice(builtin._generate("valid", seed), 2_000))
-        assert train.isdisjoint(combination for combination, _ in valid)
-        assert {combination[0] for combination, _ in valid} == {combination[0] for combination in train}
+        stories = islice(generator.generate("valid", seed), 2_000)
+        valid = {combination for combination, _ in stories}
+        assert train.isdisjoint(valid)
+        assert {title for title, *_ in valid} == {title for title, *_ in train}
 
 
 def test_many_plots_and_words_and_fitting_length(told):
@@ -98,7 +107,7 @@ def test_well_formed(told):
 
 
 def test_every_story_has_its_chief_things_dialogue_and_a_feeling(told):
-    lists, _, _ = builtin._load()
+    lists, _, _ = generator.load()
     feelings = {word for name in ("happy", "sad", "scared", "cross") for word in lists[name]}
     feelings |= {"lonely", "content", "smile", "laugh", "joy", "felt", "heart"}
     feeling = re.compile(rf"\b(?:{'|'.join(sorted(feelings))})")
@@ -109,8 +118,12 @@ def test_every_story_has_its_chief_things_dialogue_and_a_feeling(told):
 
 
 def test_pronouns_fit_the_characters(told):
-    _, casts, _ = builtin._load()
-    pronoun = {name: cast.he for group in casts.values() for cast in group for name in cast.names}
+    _, casts, _ = generator.load()
+    pronoun = {}
+    for group in casts.values():
+        for cast in group:
+            pronoun.update(dict.fromkeys(cast.names, cast.pronoun))
+
     checked = 0
     for combination, text in told[:10_000]:
         present = {pronoun[value] for value in combination[1:] if value in pronoun}
@@ -122,19 +135,26 @@ def test_pronouns_fit_the_characters(told):
 
 
 def test_parse_keeps_nesting_and_refuses_open_brackets():
-    assert builtin._parse("a [b | [c|d] e].") == ["a ", [["b"], [[["c"], ["d"]], " e"]], "."]
+    parsed = generator.parse_template("a [b | [c|d] e].")
+    assert parsed == ["a ", [["b"], [[["c"], ["d"]], " e"]], "."]
     for broken in ("a [b", "a b]c | d", "a | b"):
         with pytest.raises(ValueError, match="plots.txt"):
-            builtin._parse(broken)
+            generator.parse_template(broken)
 
 
 def test_version_follows_the_data_files(tmp_path):
-    package = tmp_path / "copied"
-    shutil.copytree(Path(builtin.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    # A package of the same name, found first because Python starts in its folder.
+    package = tmp_path / "flashlm_helpers" / "builtin"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(builtin.__file__).parent, package, ignore=ignore)
+    (package.parent / "__init__.py").touch()
 
     def version():
-        code = "import copied; print(copied.VERSION)"
-        return subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).strip()
+        code = "from flashlm_helpers import builtin; print(builtin.__file__, builtin.VERSION)"
+        output = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
+        file, version = output.split()
+        assert file == str(package / "__init__.py")
+        return version
 
     versions = [version()]
     assert versions == [builtin.VERSION]

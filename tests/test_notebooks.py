@@ -8,38 +8,64 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+IMPORTED_NAMES = 5  # of ours besides fl, at most
 
 
 def test_the_series_is_complete():
-    names = [path.stem for path in NOTEBOOKS]
-    assert names[:8] == ["00_quickstart", "01_vocabulary", "02_ternary_quantization", "03_boltblock", "04_training",
-                         "05_evaluation_bpc", "06_generation", "07_runtimes"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "00_quickstart",
+        "01_vocabulary",
+        "02_ternary_quantization",
+        "03_boltblock",
+        "04_training",
+        "05_evaluation_bpc",
+        "06_generation",
+        "07_runtimes",
+        "08_your_own_mixer",
+        "11_ablations",
+    ]
+
+
+def read_cells(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    return code, ["".join(cell["source"]) for cell in code], texts
+
+
+def tagged(cells, tag):
+    return [cell for cell in cells if tag in cell["metadata"].get("tags", [])]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_anatomy(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    code, sources, texts = read_cells(path)
     assert texts[0].startswith(f"# {path.stem[:2]} · ")
     assert "| full |" in texts[0] and "| smoke" in texts[0]
 
-    parameters = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    parameters = tagged(code, "parameters")
     assert parameters == code[:1]
-    for statement in ast.parse("".join(parameters[0]["source"])).body:
+    for statement in ast.parse(sources[0]).body:
         assert isinstance(statement, ast.Assign)
         ast.literal_eval(statement.value)
 
-    sources = ["".join(cell["source"]) for cell in code]
-    assert any("active_profile()" in source for source in sources)
     assert not any(re.search(r"\bif\b.*smoke", source) for source in sources)
     assert all(len(source.splitlines()) <= 30 for source in sources)
 
     figures = [text for text in texts if text.startswith("*The figure")]
     assert figures and any("**What you saw" in text for text in figures)
-    solutions = [cell for cell in code if "solution" in cell["metadata"].get("tags", [])]
+    solutions = tagged(code, "solution")
     assert len(solutions) == 1 and solutions[0]["metadata"]["jupyter"]["source_hidden"]
-    assert any(text.startswith("## References") or "\n## References" in text for text in texts)
+    assert any("## References" in text for text in texts)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_one_import_and_one_set_up(path):
+    _, sources, _ = read_cells(path)
+    assert sum("fl.setup(" in source for source in sources) == 1
+    assert sum("import flashlm_helpers as fl" in source for source in sources) == 1
+    names = re.findall(r"(?m)^from flashlm_helpers\S* import (.*)$", "\n".join(sources))
+    assert len(",".join(names).split(",")) <= IMPORTED_NAMES
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from flashlm_helpers.quantization import (
     BitLinear,
@@ -44,8 +45,9 @@ def test_the_forward_weight_is_exactly_ternary_and_the_gradient_passes_straight_
 
 
 def test_bitlinear_learns_as_a_linear_layer_with_its_ternary_weights():
-    layer, x = BitLinear(8, 3), torch.randn(4, 8, requires_grad=True)
-    reference = (layer.weight.detach() * 0 + quantize_straight_through(layer.weight.detach())).requires_grad_()
+    layer = BitLinear(8, 3)
+    x = torch.randn(4, 8, requires_grad=True)
+    reference = quantize_straight_through(layer.weight.detach()).requires_grad_()
     other = x.detach().clone().requires_grad_()
     upstream = torch.randn(4, 3)
     out = layer(x)
@@ -68,7 +70,8 @@ def test_multiplying_needs_additions_only(rows, columns, seed):
 
 
 def test_frozen_copies_compute_the_same_bits_and_leave_the_original_alone():
-    model = torch.nn.Sequential(BitLinear(8, 8), torch.nn.ReLU(), torch.nn.Sequential(BitLinear(8, 2)))
+    inner = nn.Sequential(BitLinear(8, 2))
+    model = nn.Sequential(BitLinear(8, 8), nn.ReLU(), inner)
     x = torch.randn(5, 8)
     frozen = freeze_ternary(model)
     assert torch.equal(frozen(x), model(x))
@@ -81,17 +84,21 @@ def test_frozen_copies_compute_the_same_bits_and_leave_the_original_alone():
         frozen(x).sum().backward()
 
 
-@pytest.mark.parametrize("model", [BitLinear(8, 2), torch.nn.Sequential(BitLinear(8, 2, ternary=False))])
+@pytest.mark.parametrize(
+    "model", [BitLinear(8, 2), nn.Sequential(BitLinear(8, 2, ternary=False))], ids=["lone", "float"]
+)
 def test_a_lone_layer_and_float_twins_are_copied_too(model):
     x = torch.randn(5, 8)
-    frozen, before = freeze_ternary(model), model(x).detach()
+    frozen = freeze_ternary(model)
+    before = model(x).detach()
     with torch.no_grad():
         next(model.parameters()).mul_(-3.0)
-    assert torch.equal(frozen(x), before) and next(model.parameters()).requires_grad
+    assert torch.equal(frozen(x), before)
+    assert next(model.parameters()).requires_grad
 
 
 @given(st.lists(st.sampled_from([-1, 0, 1]), max_size=60), st.integers(1, 4))
-def test_packing_keeps_every_weight_at_five_to_a_byte(values, rows):
+def test_packing_keeps_every_weight_at_five_per_byte(values, rows):
     ternary = torch.tensor(values * rows, dtype=torch.int8).view(rows, -1)
     packed = pack_ternary(ternary)
     assert packed.dtype == torch.uint8 and len(packed) == -(-ternary.numel() // 5)

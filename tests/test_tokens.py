@@ -1,5 +1,6 @@
 import os
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from conftest import write_stories
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashlm_helpers import tokens
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.corpus import open_corpus
+from flashlm_helpers.corpus import Corpus, open_corpus
 from flashlm_helpers.tokens import TokenFile, prepare, tokenize
 from flashlm_helpers.vocab import BOS, EOS, PAD
 
@@ -25,10 +27,17 @@ def test_the_file_is_what_a_plain_tokenizer_gives(prepared, stories):
         assert vocabulary.decode(ids) == story
 
 
+@pytest.fixture(scope="module")
+def short(vocabulary, stories, tmp_path_factory):
+    """A token file of a few hundred ids."""
+    path = tmp_path_factory.mktemp("short") / "a.tokens"
+    return TokenFile.build(path, IDENTITY, stories[:5], vocabulary)
+
+
 @given(length=st.integers(1, 400), batch=st.integers(1, 9), seed=st.integers(0, 5))
-@settings(max_examples=30, deadline=None)
-def test_an_epoch_has_every_token_once_as_a_target(prepared, length, batch, seed):
-    _, train, _ = prepared
+@settings(max_examples=50, deadline=None)
+def test_an_epoch_has_every_token_once_as_a_target(short, length, batch, seed):
+    train = short
     count = train.windows(length)
     rows = [train.batch(step, batch, length, seed) for step in range(-(-2 * count // batch))]
     inputs, targets = (torch.cat(part)[: 2 * count] for part in zip(*rows, strict=True))
@@ -62,7 +71,7 @@ def test_stories_for_validation_are_spread_over_the_whole_file(prepared, stories
 
 
 def test_token_files_are_reused_and_rebuilt_when_damaged(text_dir, vocabulary, tmp_path, capsys):
-    corpus = open_corpus(text_dir=text_dir)
+    corpus = open_corpus(text_dir)
     path = tokenize(corpus, "train", vocabulary, tmp_path).path
     whole, stamp = path.read_bytes(), path.stat().st_mtime_ns
     assert tokenize(corpus, "train", vocabulary, tmp_path).path.stat().st_mtime_ns == stamp
@@ -91,36 +100,52 @@ def test_a_failure_while_tokenizing_leaves_nothing_behind(vocabulary, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_memory_stays_flat_however_long_the_text(vocabulary, stories, tmp_path):
+def test_memory_stays_flat_however_long_the_text(vocabulary, stories, tmp_path, monkeypatch):
+    batches = partial(tokens.batches_of_text, characters=1 << 17)
+    monkeypatch.setattr(tokens, "batches_of_text", batches)
+
     def peak(copies):
         tracemalloc.start()
-        TokenFile.build(tmp_path / "a.tokens", IDENTITY, (s for _ in range(copies) for s in stories), vocabulary)
+        text = (story for _ in range(copies) for story in stories)
+        TokenFile.build(tmp_path / "a.tokens", IDENTITY, text, vocabulary)
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size
 
-    peak(30)  # fills a whole batch once
-    assert peak(120) < 1.2 * peak(60)
+    peak(2)  # fills a whole batch once
+    assert peak(16) < 1.2 * peak(4)
 
 
 def test_a_corpus_too_small_to_train_on_is_one_clear_line(tmp_path):
     write_stories(tmp_path / "train.txt", ["the only story"])
     write_stories(tmp_path / "valid.txt", ["another"])
     with pytest.raises(FlashLMError, match="one story only"):
-        prepare(open_corpus(text_dir=tmp_path), 1_000, tmp_path / "data")
+        prepare(open_corpus(tmp_path), 1_000, tmp_path / "data")
     (tmp_path / "train.txt").write_text("  \n<|endoftext|>\n \n")
     with pytest.raises(FlashLMError, match="empty"):
-        prepare(open_corpus(text_dir=tmp_path), 1_000, tmp_path / "data")
+        prepare(open_corpus(tmp_path), 1_000, tmp_path / "data")
     write_stories(tmp_path / "train.txt", ["one", "two"])
     (tmp_path / "valid.txt").write_text("")
     with pytest.raises(FlashLMError, match="valid split holds no story"):
-        prepare(open_corpus(text_dir=tmp_path), 1_000, tmp_path / "data")
+        prepare(open_corpus(tmp_path), 1_000, tmp_path / "data")
 
 
 def test_everything_prepared_is_reused(text_dir, tmp_path, monkeypatch):
-    corpus = open_corpus(text_dir=text_dir)
+    corpus = open_corpus(text_dir)
     first = prepare(corpus, 1_000, tmp_path)
     monkeypatch.setattr(TokenFile, "build", None)
     monkeypatch.setattr("flashlm_helpers.tokens.Vocabulary.build", None)
     again = prepare(corpus, 1_000, tmp_path)
-    assert again[0].hash == first[0].hash and again[1].ids.tobytes() == first[1].ids.tobytes()
+    assert again.vocabulary.hash == first.vocabulary.hash
+    assert again.train.ids.tobytes() == first.train.ids.tobytes()
+
+
+def test_stories_held_out_are_those_of_the_validation_file(prepared, stories):
+    assert prepared.held_out(20) == stories[100:]
+    assert prepared.held_out(2) == [stories[100], stories[119]]
+
+
+def test_a_name_of_the_hub_makes_no_folders(vocabulary, tmp_path):
+    own = Corpus("owner/name:config", "v1", {"train": ["one", "two"], "valid": ["three"]}.get)
+    assert prepare(own, 300, tmp_path).valid.path.parent == tmp_path
+    assert all(path.name.startswith("owner-name-config-") for path in tmp_path.iterdir())

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -6,250 +7,428 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_run, interrupt_at, quiet
+from conftest import assert_same_run, fresh, interrupt_at, quiet, run_training, timeless
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm_helpers import files, optimization, training
-from flashlm_helpers.checkpoint import BEST, LAST, load_checkpoint, load_model, save_checkpoint
+from flashlm_helpers import optimization, training
+from flashlm_helpers.checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    Progress,
+    load_checkpoint,
+    save_checkpoint,
+)
 from flashlm_helpers.config import PRESETS, FlashLMError, TrainConfig
+from flashlm_helpers.corpus import TextSource
 from flashlm_helpers.evaluation import evaluate
-from flashlm_helpers.head import draw_candidates
+from flashlm_helpers.experiments.experiment import Experiment
+from flashlm_helpers.generation import generate
+from flashlm_helpers.loss import sample_negatives
+from flashlm_helpers.machine import files
 from flashlm_helpers.model import FlashLM
-from flashlm_helpers.optimization import make_optimizer
-from flashlm_helpers.quantization import BitLinear
-from flashlm_helpers.schedule import learning_rate
-from flashlm_helpers.training import NON_FINITE_STEPS, Trainer, train
+from flashlm_helpers.optimization import build_optimizer, learning_rate
+from flashlm_helpers.runtime.compact import save_compact
+from flashlm_helpers.runtime.pytorch import PyTorchModel
+from flashlm_helpers.training import NON_FINITE_STEPS, StopReason, Trainer
 from flashlm_helpers.vocab import Vocabulary
 
-# Schedule
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Operations as small as these wait longer for a second thread than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- the recipe ----
 
 
 @given(st.floats(0.001, 0.4), st.floats(0.001, 0.6), st.floats(0, 0.5), st.floats(1e-5, 1))
 def test_the_learning_rate_rises_stays_and_falls_to_its_floor(warmup, decay, floor, peak):
     rates = [learning_rate(i / 1000, peak, warmup, decay, floor) for i in range(1001)]
-    assert rates[0] == 0 and rates[-1] == pytest.approx(peak * floor)
+    assert rates[0] == 0
+    assert rates[-1] == pytest.approx(peak * floor)
     top = rates.index(max(rates))
     assert max(rates) <= peak * (1 + 1e-9)
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert learning_rate((warmup + 1 - decay) / 2, peak, warmup, decay, floor) == peak
     steepest = peak / min(warmup, decay) / 1000
-    assert all(abs(b - a) <= steepest * 1.001 for a, b in zip(rates, rates[1:], strict=False))
+    for before, after in zip(rates, rates[1:], strict=False):
+        assert abs(after - before) <= steepest * 1.001
 
 
 def test_nothing_but_ternary_weights_is_decayed(model_config):
-    model = FlashLM(model_config)
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, free = ({names[id(p)] for p in group["params"]} for group in
-                     make_optimizer(model, TrainConfig(hours=1)).param_groups)
-    assert all("project" in name or "glu.gate" in name or "glu.up" in name or "glu.down" in name for name in decayed)
-    assert {n.split(".")[-1] if "taps" in n else n.split(".")[-2] for n in free} == {
-        "embedding", "norm", "mixer_norm", "glu_norm", "taps"}
-    assert len(decayed) + len(free) == len(names)
+    network = FlashLM(replace(model_config, layer_scale=True))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    optimizer = build_optimizer(network, TrainConfig(hours=1, weight_decay=0.3))
+    decayed, others = optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+
+    ternary = ("project_in", "project_out", "glu.gate", "glu.up", "glu.down")
+    for parameter in decayed["params"]:
+        assert any(part in names[id(parameter)] for part in ternary)
+    kinds = set()
+    for parameter in others["params"]:
+        name = names[id(parameter)].removesuffix(".weight")
+        kinds.add(name.split(".")[-1])
+    assert kinds == {"embedding", "norm", "mixer_norm", "glu_norm", "taps", "layer_scale"}
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
-# A run
+# ---- a run ----
 
 
 @pytest.fixture
-def whole_run(prepared, model_config, train_config, tmp_path, few_candidates):
-    assert draw_candidates(prepared[1].batch(0, train_config.batch or 8, 32, 0)[1].flatten(), len(prepared[0]))
-    train(model_config, train_config, *prepared, tmp_path / "whole", on_step=quiet)
-    return load_checkpoint(tmp_path / "whole", LAST)
+def often(monkeypatch):
+    """Validate in the middle of the shortest run, too: here about every third step."""
+    monkeypatch.setattr(training, "MAX_TOKEN_SHARE", 2.0)
 
 
-def test_training_learns_and_leaves_a_full_report(prepared, model_config, tmp_path):
-    config = TrainConfig(epochs=3, batch=4, lr=1e-2, validation_stories=5)
-    result = train(model_config, config, *prepared, tmp_path, on_step=quiet)
-    uniform = math.log(len(prepared[0]))
-    assert result.history["train"][0]["nats_per_token"] == pytest.approx(uniform, abs=0.2)
-    assert result.report["val_nats_per_token"] < uniform - 1.5
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report == json.loads(json.dumps(result.report))
-    assert {"tokens_per_second", "tokens_seen", "seconds", "val_nats_per_token", "train_nats_per_token", "bpc", "bpb",
-            "config", "hardware", "steps", "peak_memory_bytes"} <= report.keys()
-    assert report["tokens_seen"] == 3 * (prepared[1].n_tokens - 1)
-    assert result.history["train"][-1]["lr"] == 0
-    assert sum(report["seconds_by_activity"].values()) == pytest.approx(report["seconds"], rel=0.05)
-    stories = [prepared[0].decode(ids) for ids in prepared[2].sample_stories(5)]
-    model, vocabulary = load_model(tmp_path)
-    assert evaluate(model, vocabulary, stories).nats_per_token == pytest.approx(report["val_nats_per_token"], abs=1e-6)
+@pytest.fixture
+def whole_run(prepared, model_config, train_config, tmp_path, few_candidates, often):
+    _, targets = prepared.train.batch(0, train_config.batch, 32, 0)
+    assert sample_negatives(targets.flatten(), len(prepared.vocabulary))
+    run_training(model_config, train_config, prepared, tmp_path / "whole")
+    checkpoint = load_checkpoint(tmp_path / "whole", LAST)
+    assert len(checkpoint.progress.history.valid) > 2
+    return checkpoint
+
+
+@pytest.fixture
+def make_trainer(prepared, model_config, tmp_path):
+    """Make a Trainer of a recipe, in a folder of its own."""
+
+    def make(recipe, folder="other", config=model_config, text=prepared, **arguments):
+        network, optimizer = fresh(config, recipe, text.vocabulary)
+        return Trainer(network, optimizer, recipe, text, tmp_path / folder, **arguments)
+
+    return make
+
+
+def resume(checkpoint, text, folder, **arguments):
+    """Go on from a checkpoint with its own recipe, in a fresh network."""
+    config = checkpoint.network.config
+    recipe = checkpoint.train_config
+    return run_training(config, recipe, text, folder, resume=checkpoint, **arguments)
+
+
+def test_training_learns_and_leaves_a_full_report(prepared, text_dir, model_config, tmp_path, home):
+    recipe = TrainConfig(epochs=3, batch=4, lr=1e-2, validation_stories=5)
+    limited = replace(model_config, vocabulary_size=1_000)
+    report = Experiment(text_dir, limited, recipe).run(tmp_path / "run", on_step=quiet)
+
+    uniform = math.log(len(prepared.vocabulary))
+    trained = report.history.train
+    assert trained[0].nats_per_token == pytest.approx(uniform, abs=0.2)
+    assert report.val_nats_per_token < uniform - 1.5
+    assert trained[-1].lr == 0
+    assert report.stopped_by == StopReason.BUDGET
+    assert report.tokens_seen == 3 * (prepared.train.n_tokens - 1)
+    assert sum(report.seconds_by_activity.values()) == pytest.approx(report.seconds, rel=0.05)
+    assert report.peak_memory_bytes > 10**8
+    assert report.source == TextSource(None, str(text_dir), None)
+
+    # The same as a file.
+    written = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert written == json.loads(json.dumps(report.as_dict()))
+    assert written.keys() >= {
+        "tokens_per_second",
+        "tokens_seen",
+        "seconds",
+        "val_nats_per_token",
+        "train_nats_per_token",
+        "bpc",
+        "bpb",
+        "config",
+        "hardware",
+        "steps",
+        "peak_memory_bytes",
+    }
+    assert written["config"]["model"]["mixers"] == ["conv"]
+    assert written["config"]["training"]["batch"] == 4
+    assert written["stopped_by"] == "budget"
+
+    # What is best scores as it did when it was validated.
+    best = load_checkpoint(tmp_path / "run")
+    for model in (PyTorchModel(best.network.eval(), best.vocabulary), report.model):
+        score = evaluate(model, prepared.held_out(5))
+        assert score.nats_per_token == pytest.approx(report.val_nats_per_token, abs=1e-6)
+    assert best.source == report.source
+    assert best.progress.step == report.best_step
 
 
 @pytest.mark.parametrize("stop", [1, 5, 11])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-        prepared, model_config, train_config, tmp_path, whole_run, stop):
-    stopped = train(model_config, train_config, *prepared, tmp_path / "half", on_step=interrupt_at(stop))
-    assert stopped.stopped_by == "interrupt" and stopped.report["steps"] == stop + 1
-    assert stopped.history["valid"]
+    prepared, model_config, train_config, tmp_path, whole_run, stop
+):
+    folder = tmp_path / "half"
+    _, progress, stopped_by = run_training(
+        model_config, train_config, prepared, folder, on_step=interrupt_at(stop)
+    )
+    assert stopped_by == StopReason.INTERRUPT
+    assert progress.step == stop + 1
+    assert progress.history.valid
+
     torch.randn(100)  # the random state must come from the checkpoint
-    half = load_checkpoint(tmp_path / "half", LAST)
-    result = train(half["model_config"], half["train_config"], *prepared, tmp_path / "half", resume=half, on_step=quiet)
-    assert result.stopped_by == "budget"
+    _, _, stopped_by = resume(load_checkpoint(folder, LAST), prepared, folder)
+    assert stopped_by == StopReason.BUDGET
+    assert_same_run(whole_run, load_checkpoint(folder, LAST))
+
+
+def test_a_checkpoint_can_be_resumed_from_twice(
+    prepared, model_config, train_config, tmp_path, whole_run
+):
+    folder = tmp_path / "half"
+    run_training(model_config, train_config, prepared, folder, on_step=interrupt_at(4))
+    half = load_checkpoint(folder, LAST)
+    before = copy.deepcopy(half)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / BEST).write_bytes((folder / BEST).read_bytes())
+        resume(half, prepared, tmp_path / name)
+        assert_same_run(whole_run, load_checkpoint(tmp_path / name, LAST))
+    assert_same_run(before, half)
+
+
+def test_an_experiment_is_the_same_run_and_resumes_from_its_folder(
+    text_dir, model_config, train_config, tmp_path, whole_run, home
+):
+    experiment = Experiment(text_dir, replace(model_config, vocabulary_size=1_000), train_config)
+    stopped = experiment.run(tmp_path / "half", on_step=interrupt_at(5))
+    assert stopped.stopped_by == StopReason.INTERRUPT
+    report = experiment.run(tmp_path / "half", resume=tmp_path / "half", on_step=quiet)
+    assert report.stopped_by == StopReason.BUDGET
     assert_same_run(whole_run, load_checkpoint(tmp_path / "half", LAST))
 
 
-def test_a_run_saved_before_there_was_muon_goes_on_with_adamw(prepared, model_config, train_config, tmp_path):
-    config = replace(train_config, optimizer="adamw", sampled_softmax=False)
-    train(model_config, config, *prepared, tmp_path / "whole", on_step=quiet)
-    train(model_config, config, *prepared, tmp_path / "half", on_step=interrupt_at(4))
-    path = tmp_path / "half" / LAST
-    saved = torch.load(path, weights_only=True)
-    for field in ("optimizer", "dropout", "sampled_softmax"):
-        del saved["train_config"][field]
-    saved["optimizer"] = saved["optimizer"][0]
-    torch.save(saved, path)
-    half = load_checkpoint(path)
-    train(half["model_config"], half["train_config"], *prepared, tmp_path / "half", resume=half, on_step=quiet)
-    assert_same_run(load_checkpoint(tmp_path / "whole", LAST), load_checkpoint(path))
+def test_a_run_resumed_elsewhere_sets_its_mark_anew(prepared, model_config, train_config, tmp_path):
+    run_training(model_config, train_config, prepared, tmp_path / "half", on_step=interrupt_at(5))
+    half = load_checkpoint(tmp_path / "half", LAST)
+    half.progress.best = replace(evaluate_nothing(prepared), nats_per_token=0.0)
+    _, progress, _ = resume(half, prepared, tmp_path / "elsewhere")
+    assert progress.best.nats_per_token > 1
+    assert load_checkpoint(tmp_path / "elsewhere").progress.step == progress.best_step
 
 
-def test_muon_moves_the_ternary_weights_and_adamw_the_rest(model_config):
-    model = FlashLM(model_config)
-    muon, adamw = make_optimizer(model, TrainConfig(epochs=1, weight_decay=0.3, optimizer="muon")).parts
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    moved = {names[p] for group in muon.param_groups for p in group["params"]}
-    assert moved == {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, BitLinear)}
-    assert moved.isdisjoint(names[p] for group in adamw.param_groups for p in group["params"])
-    assert len(names) == sum(len(g["params"]) for o in (muon, adamw) for g in o.param_groups)
-    assert [g["weight_decay"] for o in (muon, adamw) for g in o.param_groups] == [0.3, 0.0]
+def evaluate_nothing(text):
+    torch.manual_seed(0)
+    network = FlashLM(replace(PRESETS["tiny"], vocabulary_size=len(text.vocabulary)))
+    return evaluate(PyTorchModel(network, text.vocabulary), text.held_out(1))
 
 
 def test_a_run_resumed_to_a_larger_budget_validates_saves_and_records_on_its_way(
-        prepared, model_config, tmp_path, whole_run):
-    config = replace(whole_run["train_config"], epochs=40 * whole_run["train_config"].epochs)
-    steps, saved = whole_run["progress"]["step"], []
-    result = train(model_config, config, *prepared, tmp_path / "whole", resume=whole_run,
-                   on_step=lambda p: saved.append(load_checkpoint(tmp_path / "whole", LAST)["progress"]["step"]))
-    assert result.report["steps"] > 30 * steps
-    for name in ("train", "valid"):
-        between = [row["step"] for row in result.history[name] if steps < row["step"] < result.report["steps"]]
-        assert between and min(between) < result.report["steps"] / 2
-    assert any(steps < step < result.report["steps"] for step in saved)
+    prepared, model_config, tmp_path, whole_run
+):
+    before = whole_run.train_config
+    recipe = replace(before, epochs=40 * before.epochs)
+    folder = tmp_path / "whole"
+    steps = whole_run.progress.step
+    saved = set()
+
+    def look(progress):
+        if progress.step % 20 == 0:
+            saved.add(load_checkpoint(folder, LAST).progress.step)
+
+    _, progress, _ = run_training(
+        model_config, recipe, prepared, folder, resume=whole_run, on_step=look
+    )
+    assert progress.step > 30 * steps
+    for rows in (progress.history.train, progress.history.valid):
+        between = [row.step for row in rows if steps < row.step < progress.step]
+        assert between and min(between) < progress.step / 2
+    assert any(steps < step < progress.step for step in saved)
 
 
-def test_a_timed_run_resumes_bit_for_bit_too(prepared, model_config, tmp_path):
-    config = TrainConfig(hours=20 / 3600, batch=4, validation_stories=3)
+def test_a_timed_run_resumes_bit_for_bit_too(prepared, make_trainer, tmp_path):
+    recipe = TrainConfig(hours=20 / 3600, batch=4, validation_stories=3)
 
     def run(folder, resume=None, on_step=quiet):
-        trainer = Trainer(model_config, config, *prepared, folder)
-        trainer.clock = lambda: float(trainer.progress.step)  # each step takes a second, everything else nothing
+        trainer = make_trainer(recipe, folder)
+        # Each step takes a second, everything else nothing.
+        trainer.clock = lambda: float(trainer.progress.step)
         if resume:
             trainer.restore(resume)
         return trainer.run(on_step)
 
-    whole = run(tmp_path / "whole")
-    assert whole.report["steps"] == 20 and whole.report["seconds"] == 20
-    run(tmp_path / "half", on_step=interrupt_at(12))
-    run(tmp_path / "half", resume=load_checkpoint(tmp_path / "half", LAST))
-    assert_same_run(load_checkpoint(tmp_path / "whole", LAST), load_checkpoint(tmp_path / "half", LAST))
+    progress, _ = run("whole")
+    assert progress.step == 20
+    assert progress.elapsed == 20
+    run("half", on_step=interrupt_at(12))
+    run("half", resume=load_checkpoint(tmp_path / "half", LAST))
+    whole = load_checkpoint(tmp_path / "whole", LAST)
+    assert_same_run(whole, load_checkpoint(tmp_path / "half", LAST))
 
 
 def test_a_timed_run_ends_on_time_with_its_rate_at_the_floor(prepared, model_config, tmp_path):
     start = time.monotonic()
-    result = train(model_config, TrainConfig(hours=3 / 3600, batch=2, validation_stories=2), *prepared, tmp_path,
-                   on_step=quiet)
+    recipe = TrainConfig(hours=3 / 3600, batch=2, validation_stories=2)
+    _, progress, stopped_by = run_training(model_config, recipe, prepared, tmp_path)
     assert 2.5 < time.monotonic() - start < 8
-    assert result.stopped_by == "budget" and result.history["train"][-1]["lr"] < 0.01 * result.report["config"][
-        "training"]["lr"]
+    assert stopped_by == StopReason.BUDGET
+    assert progress.history.train[-1].lr < 0.01 * recipe.lr
 
 
 def test_patience_ends_a_run_that_no_longer_improves(prepared, model_config, monkeypatch, tmp_path):
-    real = evaluate
+    real = training.bits_report
     worse = iter(range(1, 100))
-    monkeypatch.setattr(training, "evaluate", lambda *a: replace(real(*a), nats_per_token=float(next(worse))))
-    config = TrainConfig(epochs=30, batch=8, patience=3, validation_stories=2)
-    result = train(model_config, config, *prepared, tmp_path, on_step=quiet)
-    assert result.stopped_by == "patience" and len(result.history["valid"]) == 4
-    assert result.report["val_nats_per_token"] == 1.0
-    assert load_checkpoint(tmp_path, BEST)["progress"]["step"] == result.history["valid"][0]["step"]
+
+    def report(*arguments):
+        return replace(real(*arguments), nats_per_token=float(next(worse)))
+
+    monkeypatch.setattr(training, "bits_report", report)
+    recipe = TrainConfig(epochs=30, batch=8, patience=3, validation_stories=2)
+    _, progress, stopped_by = run_training(model_config, recipe, prepared, tmp_path)
+    valid = progress.history.valid
+    assert stopped_by == StopReason.PATIENCE
+    assert len(valid) == 4
+    assert progress.best.nats_per_token == 1.0
+    assert load_checkpoint(tmp_path, BEST).progress.step == valid[0].step == progress.best_step
 
 
-def test_non_finite_steps_are_skipped_and_change_nothing(prepared, model_config, train_config, monkeypatch, tmp_path):
-    trainer = Trainer(model_config, train_config, *prepared, tmp_path)
-    loss, bad = trainer.model.loss, {2: math.nan, 3: math.inf}
-    monkeypatch.setattr(trainer.model, "loss", lambda *a, **k: loss(*a, **k) * bad.get(trainer.progress.step, 1.0))
+# ---- what goes wrong in a run ----
+
+
+def test_non_finite_steps_are_skipped_and_change_nothing(train_config, monkeypatch, make_trainer):
+    trainer = make_trainer(train_config)
+    network = trainer.network
+    loss = network.loss
+    factors = {2: math.nan, 3: math.inf}
+
+    def spoiled(*arguments, **named):
+        return loss(*arguments, **named) * factors.get(trainer.progress.step, 1.0)
+
+    monkeypatch.setattr(network, "loss", spoiled)
     weights = {}
-    result = trainer.run(lambda p: weights.update({p.step: trainer.model.embedding.weight.detach().clone()}))
-    assert result.report["skipped_steps"] == 2 and result.stopped_by == "budget"
-    assert torch.equal(weights[2], weights[4]) and not torch.equal(weights[4], weights[5])
-    assert all(math.isfinite(row["nats_per_token"]) for row in result.history["train"])
+
+    def keep(progress):
+        weights[progress.step] = network.embedding.weight.detach().clone()
+
+    progress, stopped_by = trainer.run(keep)
+    assert progress.skipped == 2
+    assert stopped_by == StopReason.BUDGET
+    assert torch.equal(weights[2], weights[4])
+    assert not torch.equal(weights[4], weights[5])
+    assert all(math.isfinite(row.nats_per_token) for row in progress.history.train)
 
 
-def test_a_non_finite_gradient_is_skipped_as_well(prepared, model_config, train_config, tmp_path):
-    trainer = Trainer(model_config, train_config, *prepared, tmp_path)
-    trainer.model.norm.weight.register_hook(lambda g: g * (math.inf if trainer.progress.step == 2 else 1))
-    result = trainer.run(quiet)
-    assert result.report["skipped_steps"] == 1
-    assert all(torch.isfinite(p).all() for p in result.model.parameters())
+def test_a_non_finite_gradient_is_skipped_as_well(train_config, make_trainer):
+    trainer = make_trainer(train_config)
+
+    def spoil(gradient):
+        return gradient * (math.inf if trainer.progress.step == 2 else 1)
+
+    trainer.network.norm.weight.register_hook(spoil)
+    progress, _ = trainer.run(quiet)
+    assert progress.skipped == 1
+    assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
 
 
-def test_a_loss_that_stays_non_finite_stops_the_run_in_one_line(prepared, model_config, monkeypatch, tmp_path):
-    trainer = Trainer(model_config, TrainConfig(epochs=9), *prepared, tmp_path)
-    monkeypatch.setattr(trainer.model, "loss", lambda *a, **k: torch.tensor(math.nan, requires_grad=True))
+def test_a_loss_that_stays_non_finite_stops_the_run_in_one_line(
+    monkeypatch, make_trainer, tmp_path
+):
+    trainer = make_trainer(TrainConfig(epochs=9))
+
+    def spoiled(*arguments, **named):
+        return torch.tensor(math.nan, requires_grad=True)
+
+    monkeypatch.setattr(trainer.network, "loss", spoiled)
     with pytest.raises(FlashLMError, match="smaller --lr") as caught:
         trainer.run(quiet)
-    assert "\n" not in str(caught.value) and trainer.progress.step == NON_FINITE_STEPS
-    assert load_checkpoint(tmp_path, LAST)["progress"]["step"] == NON_FINITE_STEPS
+    assert "\n" not in str(caught.value)
+    assert trainer.progress.step == NON_FINITE_STEPS
+    assert load_checkpoint(tmp_path / "other", LAST).progress.step == NON_FINITE_STEPS
 
 
 def test_a_model_that_cannot_fit_is_refused_before_anything_starts(prepared, tmp_path, monkeypatch):
+    optimization.microbatch_size.cache_clear()
     monkeypatch.setattr(optimization, "usable_memory", lambda: 10**8)
     with pytest.raises(FlashLMError, match="GiB are usable"):
-        train(PRESETS["v4-large"], TrainConfig(hours=1), *prepared, tmp_path / "run")
+        run_training(PRESETS["v4-large"], TrainConfig(hours=1), prepared, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_random_state_is_restored_and_the_seed_decides_the_first_weights(
-        prepared, model_config, train_config, tmp_path, whole_run):
-    trainer = Trainer(model_config, train_config, *prepared, tmp_path / "other")
+def test_the_seed_decides_the_first_weights_and_the_random_state_is_restored(
+    text_dir, model_config, train_config, make_trainer, tmp_path, whole_run, home
+):
+    # The weights that an experiment starts from: a rate of nearly nothing leaves them.
+    recipe = replace(train_config, lr=1e-30)
+    limited = replace(model_config, vocabulary_size=1_000)
+    Experiment(text_dir, limited, recipe).run(tmp_path / "run", on_step=interrupt_at(1))
+    started = load_checkpoint(tmp_path / "run", LAST).network
     torch.manual_seed(train_config.seed)
     first = FlashLM(model_config)
-    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), first.parameters(), strict=True))
+    for one, other in zip(started.parameters(), first.parameters(), strict=True):
+        assert torch.equal(one, other)
+
     state = torch.Generator().manual_seed(123).get_state()
-    progress = whole_run["progress"] | {"step": 3}
-    trainer.restore(whole_run | {"random_state": state, "progress": progress})
+    progress = replace(whole_run.progress, step=3)
+    make_trainer(train_config).restore(replace(whole_run, random_state=state, progress=progress))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_tokens_of_another_vocabulary_are_refused(prepared, model_config, train_config, tmp_path):
-    other = Vocabulary.build(["other words entirely"], 300)
+    other = prepared._replace(vocabulary=Vocabulary.build(["other words entirely"], 300))
     with pytest.raises(FlashLMError, match="another vocabulary"):
-        train(model_config, train_config, other, *prepared[1:], tmp_path, on_step=quiet)
+        run_training(model_config, train_config, other, tmp_path)
 
 
 def test_signal_handlers_are_put_back(prepared, model_config, train_config, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    train(model_config, train_config, *prepared, tmp_path, on_step=interrupt_at(2))
+    run_training(model_config, train_config, prepared, tmp_path, on_step=interrupt_at(2))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-# Checkpoints
+# ---- checkpoints ----
 
 
-def test_resuming_refuses_another_model_vocabulary_or_file(prepared, model_config, train_config, tmp_path, whole_run):
-    trainer = Trainer(replace(model_config, width=20), train_config, *prepared, tmp_path / "other")
-    with pytest.raises(FlashLMError, match="another shape"):
-        trainer.restore(whole_run)
+def test_resuming_refuses_another_model_vocabulary_or_file(
+    prepared, model_config, train_config, make_trainer, tmp_path, whole_run
+):
     other = Vocabulary.build(["other words entirely"], 300)
-    trainer = Trainer(model_config, train_config, *prepared, tmp_path / "other")
+    with pytest.raises(FlashLMError, match="another shape"):
+        make_trainer(train_config, config=replace(model_config, width=20)).restore(whole_run)
+
+    trainer = make_trainer(train_config)
     with pytest.raises(FlashLMError, match="another vocabulary"):
-        trainer.restore(whole_run | {"vocabulary": other})
+        trainer.restore(replace(whole_run, vocabulary=other))
     with pytest.raises(FlashLMError, match="no optimizer state"):
         trainer.restore(load_checkpoint(tmp_path / "whole", BEST))
     with pytest.raises(FlashLMError, match="larger --hours or --epochs"):
         trainer.restore(whole_run)
-    with pytest.raises(FlashLMError, match="another vocabulary"):
-        load_model(tmp_path / "whole", other)
+
+
+def test_a_compact_checkpoint_scores_the_same_and_holds_nothing_to_resume(
+    prepared, make_trainer, train_config, tmp_path, whole_run
+):
+    save_compact(tmp_path / "compact.pt", whole_run)
+    compact = load_checkpoint(tmp_path / "compact.pt")
+    assert compact.network.config == whole_run.network.config
+    assert compact.vocabulary.hash == whole_run.vocabulary.hash
+    assert timeless(compact.progress) | {"loss": 0} == timeless(Progress()) | {"loss": 0}
+    assert (compact.source, compact.optimizer, compact.random_state) == (None, None, None)
+
+    scores = []
+    for checkpoint in (compact, whole_run):
+        model = PyTorchModel(checkpoint.network, checkpoint.vocabulary, bfloat16=False)
+        scores.append(evaluate(model, prepared.held_out(5)).nats_per_token)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+    with pytest.raises(FlashLMError, match="no optimizer state"):
+        make_trainer(train_config).restore(compact)
 
 
 def test_damaged_and_foreign_checkpoints_are_one_clear_line(tmp_path, whole_run):
-    path, whole = tmp_path / "x.pt", (tmp_path / "whole" / BEST).read_bytes()
+    path = tmp_path / "x.pt"
+    whole = (tmp_path / "whole" / BEST).read_bytes()
     draw = random.Random(0)
     damaged = [b"", b"PK", whole[: len(whole) // 2], whole[:-1], os.urandom(1000)]
     for _ in range(5):
@@ -260,15 +439,27 @@ def test_damaged_and_foreign_checkpoints_are_one_clear_line(tmp_path, whole_run)
         with pytest.raises(FlashLMError) as caught:
             load_checkpoint(path)
         assert "\n" not in str(caught.value)
-    torch.save({"format": "flashlm-checkpoint-1"}, path)
-    with pytest.raises(FlashLMError, match="earlier version"):
-        load_checkpoint(path)
-    for foreign in ({"weights": torch.ones(2)}, [1, 2], torch.ones(3), {"format": "flashlm-checkpoint-2"}):
-        torch.save(foreign, path)
-        with pytest.raises(FlashLMError):
+
+    for name in ("flashlm-checkpoint-1", "flashlm-checkpoint-3"):
+        torch.save({"format": name}, path)
+        with pytest.raises(FlashLMError, match="not a FlashLM checkpoint of this version"):
             load_checkpoint(path)
+    foreign = ({"weights": torch.ones(2)}, [1, 2], torch.ones(3))
+    for content in (*foreign, {"format": "flashlm-checkpoint-2"}):
+        torch.save(content, path)
+        with pytest.raises(FlashLMError) as caught:
+            load_checkpoint(path)
+        assert "\n" not in str(caught.value)
     with pytest.raises(FlashLMError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, whole_run):
+    with torch.no_grad():
+        whole_run.network.norm.weight[3] = math.nan
+    save_checkpoint(tmp_path / "x.pt", whole_run)
+    with pytest.raises(FlashLMError, match="not finite"):
+        load_checkpoint(tmp_path / "x.pt")
 
 
 def test_loading_runs_no_code_from_the_file(tmp_path):
@@ -282,50 +473,155 @@ def test_loading_runs_no_code_from_the_file(tmp_path):
     assert not (tmp_path / "attacked").exists()
 
 
+# ---- checkpoints of earlier versions ----
+
+
+def to_old_layout(path, very_old=False, optimizer="adamw"):
+    """Rewrite a checkpoint in the layout that version 0.1 saved."""
+    content = torch.load(path, weights_only=True)
+    model = content["model_config"]
+    pattern = model.pop("mixers")
+    blocks = range(model["blocks"])
+    model["attention"] = [n for n in blocks if pattern[n % len(pattern)] == "attention"]
+
+    recipe = content["train_config"]
+    recipe["optimizer"] = optimizer
+    content["optimizer"] = [content["optimizer"]]
+    if optimizer == "muon":
+        content["optimizer"] *= 2
+    if very_old:  # before there was a choice
+        [content["optimizer"]] = content["optimizer"]
+        for name in ("optimizer", "dropout", "sampled_softmax"):
+            del recipe[name]
+
+    progress = content["progress"]
+    best_step = progress.pop("best_step")
+    progress["best"] = progress["best"] | {"step": best_step} if progress["best"] else {}
+    content["source"] |= {"dataset": "builtin", "text_dir": None, "limit": None}
+    content["source"]["vocabulary_size"] = 1_000
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+@pytest.mark.parametrize("very_old", [False, True], ids=["old", "very old"])
+def test_a_checkpoint_of_the_old_layout_resumes_bit_for_bit(
+    prepared, hybrid_config, train_config, tmp_path, few_candidates, often, very_old, stop
+):
+    recipe = replace(train_config, sampled_softmax=not very_old)
+    run_training(hybrid_config, recipe, prepared, tmp_path / "whole")
+    folder = tmp_path / "half"
+    run_training(hybrid_config, recipe, prepared, folder, on_step=interrupt_at(stop))
+    as_saved = load_checkpoint(folder, LAST)
+    for name in (LAST, BEST):
+        to_old_layout(folder / name, very_old)
+
+    half = load_checkpoint(folder, LAST)
+    assert half.network.config == hybrid_config
+    assert half.train_config == as_saved.train_config
+    assert asdict(half.progress).keys() == asdict(as_saved.progress).keys()
+    assert half.source == TextSource("builtin")
+    assert (half.progress.best is None) == (stop == 1)
+    assert_same_run(half, as_saved)
+    resume(half, prepared, folder)
+    whole = load_checkpoint(tmp_path / "whole", LAST)
+    assert_same_run(whole, load_checkpoint(folder, LAST))
+
+
+def test_a_run_with_muon_loads_for_use_and_is_refused_for_resuming(
+    prepared, make_trainer, hybrid_config, train_config, tmp_path
+):
+    run_training(hybrid_config, train_config, prepared, tmp_path, on_step=interrupt_at(3))
+    as_saved = load_checkpoint(tmp_path, LAST)
+    to_old_layout(tmp_path / LAST, optimizer="muon")
+    old = load_checkpoint(tmp_path, LAST)
+    scores = []
+    for checkpoint in (old, as_saved):
+        model = PyTorchModel(checkpoint.network, checkpoint.vocabulary)
+        scores.append(evaluate(model, prepared.held_out(3)))
+    assert scores[0] == scores[1]
+    assert generate(model, "Once", tokens=3)[0].ids
+
+    with pytest.raises(FlashLMError, match="optimizer is of another kind") as caught:
+        make_trainer(train_config, config=hybrid_config).restore(old)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_committed_checkpoint_loads_and_writes_a_story():
+    path = Path(__file__).parent.parent / "checkpoints" / "hybrid-large.pt"
+    before = torch.get_rng_state()
+    checkpoint = load_checkpoint(path)
+    assert torch.equal(before, torch.get_rng_state())
+    preset = PRESETS["hybrid-large"]
+    assert checkpoint.network.config == preset
+    assert checkpoint.network.config.block_mixers == ("attention", "conv") * 2
+    assert len(checkpoint.vocabulary) == preset.vocabulary_size
+    assert checkpoint.train_config.dropout == 0.1
+    assert (checkpoint.source, checkpoint.optimizer) == (None, None)
+
+    model = PyTorchModel(checkpoint.network.eval(), checkpoint.vocabulary)
+    [story] = generate(model, "Once upon a time", tokens=40, seed=1)
+    assert story.text.startswith("Once upon a time")
+    assert len(story.ids) == 40 or story.finished
+    assert sum(story.surprise) / len(story.surprise) < 4  # bits per token: it has learned
+
+
+# ---- files ----
+
 KILLED = """
 import os, signal, sys
-from flashlm_helpers import checkpoint, files
-from flashlm_helpers.config import TrainConfig
-content = checkpoint.load_checkpoint(sys.argv[1])
-def save(step):
-    checkpoint.save_checkpoint(sys.argv[1], content["model"], content["train_config"], content["vocabulary"],
-                               progress={"step": step})
+from flashlm_helpers import checkpoint
+from flashlm_helpers.checkpoint import Progress
+from flashlm_helpers.machine import files
+loaded = checkpoint.load_checkpoint(sys.argv[1])
 if sys.argv[2] == "fsync":  # die with the file complete but not yet in its place
     files.os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
 print("saving", flush=True)
 for step in range(100_000):
-    save(step)
+    loaded.progress = Progress(step=step)
+    checkpoint.save_checkpoint(sys.argv[1], loaded)
 """
+
+
+def untrained(model_config, vocabulary, step=0):
+    network = FlashLM(model_config)
+    progress = Progress(step=step)
+    return Checkpoint(network, TrainConfig(hours=1), vocabulary, progress=progress)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 @pytest.mark.parametrize("moment", ["fsync", "any", "any", "any"])
-def test_a_kill_during_saving_leaves_a_loadable_checkpoint(tmp_path, vocabulary, model_config, moment):
+def test_a_kill_during_saving_leaves_a_loadable_checkpoint(
+    tmp_path, vocabulary, model_config, moment
+):
     path = tmp_path / "run" / LAST
-    save_checkpoint(path, FlashLM(model_config), TrainConfig(hours=1), vocabulary, progress={"step": -1})
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), moment], stdout=subprocess.PIPE, text=True)
+    save_checkpoint(path, untrained(model_config, vocabulary, step=-1))
+    command = [sys.executable, "-c", KILLED, str(path), moment]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "saving\n"
     if moment == "any":
         time.sleep(random.uniform(0.05, 0.5))
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    step = load_checkpoint(path)["progress"]["step"]
-    assert step == -1 if moment == "fsync" else step >= 0
+    step = load_checkpoint(path).progress.step
+    assert step == -1 if moment == "fsync" else step >= -1
 
 
 def test_a_file_is_replaced_in_one_move_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def fail(*args):
+    def fail(*arguments):
         raise OSError(28, "No space left on device")
 
     for call in ("replace", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(files.os, call, fail)
-            with pytest.raises(FlashLMError, match="No space left"), files.atomic_write(path) as file:
-                file.write(b"new")
-        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+            with pytest.raises(FlashLMError, match="No space left"):
+                with files.atomic_write(path) as file:
+                    file.write(b"new")
+        assert path.read_text() == "old"
+        assert [left.name for left in tmp_path.iterdir()] == ["file"]
+
     with files.atomic_write(path) as file:
         file.write(b"new")
         assert path.read_text() == "old"
@@ -335,4 +631,4 @@ def test_a_file_is_replaced_in_one_move_or_not_at_all(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path, vocabulary, model_config):
     (tmp_path / "file").touch()
     with pytest.raises(FlashLMError, match="cannot write"):
-        save_checkpoint(tmp_path / "file" / LAST, FlashLM(model_config), TrainConfig(hours=1), vocabulary)
+        save_checkpoint(tmp_path / "file" / LAST, untrained(model_config, vocabulary))

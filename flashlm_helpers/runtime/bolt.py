@@ -1,4 +1,4 @@
-"""bolt.c from Python: built with the machine's C compiler at first use, and a small class around it."""
+"""bolt.c from Python: built by the machine's C compiler at first use, and a class around it."""
 
 import ctypes
 import functools
@@ -6,11 +6,13 @@ import hashlib
 import math
 import os
 import platform
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,39 +20,62 @@ from pathlib import Path
 import numpy as np
 
 from flashlm_helpers.config import FlashLMError, project_dir
-from flashlm_helpers.files import one_line, require_writable
-from flashlm_helpers.generation import Story, check_request
-from flashlm_helpers.hardware import usable_cores
-from flashlm_helpers.runtime.packed import LANES
-from flashlm_helpers.vocab import BOS
+from flashlm_helpers.corpus import TextSource
+from flashlm_helpers.generation import Prompts, Sampling, Story
+from flashlm_helpers.machine.files import one_line, require_writable
+from flashlm_helpers.machine.hardware import usable_cores
+from flashlm_helpers.runtime.packed import LANES, load_vocabulary
+from flashlm_helpers.vocab import EOS
 
 SOURCE = Path(__file__).with_name("bolt.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-shared", "-fPIC", "-DBOLT_LIBRARY")
-LONGEST_TOKEN = 1024  # bytes, as bolt.c has it
-WORTHWHILE = 10  # stories from which on LANES side by side are faster than one after another
+
+# From so many stories on, LANES side by side are faster than one after another.
+MIN_STORIES_TO_BATCH = 10
 
 
-class NoRuntime(FlashLMError):
+class RuntimeUnavailable(FlashLMError):
     """What a runtime needs cannot be built here; PyTorch computes the same, more slowly."""
 
 
+# ---- the library ----
+
+# C's types, by the names that bolt.c gives its arguments.
+_POINTER = ctypes.c_void_p
+_INT = ctypes.c_int
+_LONG = ctypes.c_long
+_TEXT = ctypes.c_char_p
+_SIZE = ctypes.c_size_t
+_IDS = np.ctypeslib.ndpointer(np.uint16, flags="C")
+_FLOATS = np.ctypeslib.ndpointer(np.float32, flags="C")
+_LONGS = np.ctypeslib.ndpointer(ctypes.c_long, flags="C")
+_INTS = np.ctypeslib.ndpointer(ctypes.c_int, flags="C")
+_LISTENER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+
+
 class _Settings(ctypes.Structure):
-    _fields_ = [("tokens", ctypes.c_int), ("temperature", ctypes.c_float), ("top_k", ctypes.c_int),
-                ("top_p", ctypes.c_float), ("seed", ctypes.c_uint64), ("stop", ctypes.POINTER(ctypes.c_int))]
+    """bolt_settings, field by field."""
 
-
-_Listener = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    _fields_ = [
+        ("tokens", ctypes.c_int),
+        ("temperature", ctypes.c_float),
+        ("top_k", ctypes.c_int),
+        ("top_p", ctypes.c_float),
+        ("seed", ctypes.c_uint64),
+        ("stop", ctypes.POINTER(ctypes.c_int)),
+    ]
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """bolt.c as a library: from data/compiled, where it is built if it is not there yet.
+    """Return bolt.c as a library; it is built into data/compiled if it is not there yet.
 
-    Where that folder cannot be written, it is built into a temporary one. Raises NoRuntime, in one line, if there is no
-    C compiler or it fails.
+    Where that folder cannot be written, it is built into a temporary one.
+    Raises RuntimeUnavailable, in one line, if there is no C compiler or it fails.
     """
-    built_from = SOURCE.read_bytes(), FLAGS, platform.machine(), sys.platform
+    # Another source, compiler flag or machine has another file.
+    built_from = (SOURCE.read_bytes(), FLAGS, platform.machine(), sys.platform)
     key = hashlib.sha256(repr(built_from).encode()).hexdigest()[:16]
     folder = project_dir() / "data" / "compiled"
     path = folder / f"bolt-{key}.so"
@@ -58,67 +83,96 @@ def library() -> ctypes.CDLL:
         try:
             require_writable(folder)
         except FlashLMError:
-            path = Path(_elsewhere().name) / path.name
+            path = Path(_temporary_folder().name) / path.name
         _build(path)
+
     try:
         bolt = ctypes.CDLL(str(path))
     except OSError as error:
-        raise NoRuntime(f"the C runtime cannot be loaded ({one_line(error)[:160]})") from error
-    pointer, number, count, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_char_p
-    ids, floats, counts, numbers = (np.ctypeslib.ndpointer(kind, flags="C")
-                                    for kind in (np.uint16, np.float32, ctypes.c_long, ctypes.c_int))
-    for name, result, arguments in (
-            ("bolt_open", pointer, [text, text, ctypes.c_size_t]), ("bolt_close", None, [pointer]),
-            ("bolt_vocabulary", number, [pointer]), ("bolt_row", number, [pointer]), ("bolt_kernels", text, [pointer]),
-            ("bolt_start", pointer, [pointer, number]), ("bolt_end", None, [pointer]),
-            ("bolt_step", None, [pointer, ids, floats]), ("bolt_score", number, [pointer, ids, count, floats]),
-            ("bolt_encode", count, [pointer, text, ctypes.c_size_t, ids]),
-            ("bolt_token", number, [pointer, number, text]),
-            ("bolt_generate", number, [pointer, number, ids, counts, ctypes.POINTER(_Settings), ids, floats, counts,
-                                       numbers, _Listener, pointer])):
-        function = getattr(bolt, name)
-        function.restype, function.argtypes = result, arguments
+        reason = one_line(error)[:160]
+        raise RuntimeUnavailable(f"the C runtime cannot be loaded ({reason})") from error
+    _declare_all(bolt)
     return bolt
 
 
+def _declare_all(bolt: ctypes.CDLL) -> None:
+    """Tell ctypes what each function of bolt.c takes and returns."""
+
+    def declare(function, result, *arguments):
+        function.restype = result
+        function.argtypes = arguments
+
+    # A model, and what one can ask of it.
+    declare(bolt.bolt_open, _POINTER, _TEXT, _TEXT, _SIZE)
+    declare(bolt.bolt_close, None, _POINTER)
+    declare(bolt.bolt_vocabulary, _INT, _POINTER)
+    declare(bolt.bolt_row, _INT, _POINTER)
+    declare(bolt.bolt_kernels, _TEXT, _POINTER)
+    declare(bolt.bolt_encode, _LONG, _POINTER, _TEXT, _SIZE, _IDS)
+
+    # A state, and what reads and writes with it.
+    declare(bolt.bolt_start, _POINTER, _POINTER, _INT)
+    declare(bolt.bolt_end, None, _POINTER)
+    declare(bolt.bolt_step, None, _POINTER, _IDS, _FLOATS)
+    declare(bolt.bolt_score, _INT, _POINTER, _IDS, _LONG, _FLOATS)
+    written = (_IDS, _FLOATS, _FLOATS, _LONGS, _INTS)  # ids, surprise, entropy, counts, finished
+    asked = (_POINTER, _INT, _IDS, _LONGS, ctypes.POINTER(_Settings))
+    declare(bolt.bolt_generate, _INT, *asked, *written, _LISTENER, _POINTER)
+
+
 @functools.cache
-def _elsewhere() -> tempfile.TemporaryDirectory:
-    """A folder that is gone when this process is."""
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """Make a folder that is removed when this process ends."""
     return tempfile.TemporaryDirectory(prefix="flashlm-", ignore_cleanup_errors=True)
 
 
 def _build(path: Path) -> None:
     """Compile bolt.c to `path`, atomically."""
-    names = (os.environ.get("CC"), *COMPILERS)
-    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
-    if compiler is None:
-        raise NoRuntime("there is no C compiler (install gcc or clang to have one)")
+    names = [os.environ.get("CC"), *COMPILERS]
+    found = [shutil.which(name) for name in names if name]
+    compilers = [compiler for compiler in found if compiler]
+    if not compilers:
+        raise RuntimeUnavailable("there is no C compiler (install gcc or clang to have one)")
+
+    # A file under its final name is complete.
+    compiler = compilers[0]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
         try:
-            done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], capture_output=True, text=True,
-                                  errors="replace")
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             complaint = done.stderr if done.returncode else ""
         except OSError as error:
             complaint = str(error)
         if complaint or not built.is_file():
-            raise NoRuntime(f"{compiler} cannot build bolt.c ({' '.join(complaint.split())[:160]})")
+            reason = " ".join(complaint.split())[:160]
+            raise RuntimeUnavailable(f"{compiler} cannot build bolt.c ({reason})")
         os.replace(built, path)
 
 
-class Bolt:
-    """A packed model, run by bolt.c; may be used from several threads.
+# ---- a model ----
 
-    path: of a file that packed.save_packed() wrote. Raises FlashLMError if it cannot be used, NoRuntime if bolt.c
-    cannot be built.
+
+class Bolt:
+    """A packed model, run by bolt.c: a LanguageModel that several threads may use.
+
+    path: of a file that save_packed() wrote; it must stay as it is while the model is in use.
+    Raises FlashLMError if it cannot be used, RuntimeUnavailable if bolt.c cannot be built.
     """
 
+    runtime = "c"
+
     def __init__(self, path: str | Path):
-        self._bolt, error = library(), ctypes.create_string_buffer(400)
+        self._bolt = library()
+        self._model = None
+        self.source: TextSource | None = None  # a packed file does not say it
+
+        # bolt.c checks everything before it uses the file.
+        error = ctypes.create_string_buffer(400)
         self._model = self._bolt.bolt_open(os.fsencode(path), error, len(error))
         if not self._model:
             raise FlashLMError(error.value.decode(errors="replace"))
-        self.vocabulary_size = self._bolt.bolt_vocabulary(self._model)
+        self.vocabulary = load_vocabulary(path)
 
     def __del__(self):
         if getattr(self, "_model", None):
@@ -126,12 +180,12 @@ class Bolt:
 
     @property
     def kernels(self) -> str:
-        """Which of its kernels this processor uses."""
+        """Return the name of the kernels that this processor uses: portable, avx2 or avx512."""
         return self._bolt.bolt_kernels(self._model).decode()
 
     @contextmanager
     def _state(self, texts: int = 1) -> Iterator[int]:
-        """What one text, or LANES side by side, need while they are read or written."""
+        """Yield what one text, or LANES side by side, need while they are read or written."""
         state = self._bolt.bolt_start(self._model, texts)
         if not state:
             raise MemoryError
@@ -140,49 +194,52 @@ class Bolt:
         finally:
             self._bolt.bolt_end(state)
 
-    def _ids(self, ids: Sequence[int]) -> np.ndarray:
+    def _check_ids(self, ids: Sequence[int]) -> np.ndarray:
+        """Return ids as bolt.c takes them; it does not check them again."""
         ids = np.asarray(ids)
-        if ids.size and not (ids.min() >= 0 and ids.max() < self.vocabulary_size):
-            raise FlashLMError(f"an id is outside this vocabulary of {self.vocabulary_size} ids")
+        size = len(self.vocabulary)
+        if ids.size and not (ids.min() >= 0 and ids.max() < size):
+            raise FlashLMError(f"an id is outside this vocabulary of {size} ids")
         return np.ascontiguousarray(ids, np.uint16)
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids, as Vocabulary.encode() does. Raises FlashLMError for a lone surrogate."""
+        """Return the ids of a text by the encoder of bolt.c, which agrees with Vocabulary.encode.
+
+        Raises FlashLMError for half a character, which UTF-8 cannot hold.
+        """
         try:
             content = text.encode()
         except UnicodeEncodeError as error:
             raise FlashLMError("the text holds half a character, which UTF-8 cannot") from error
+
+        # At most one id per byte.
         ids = np.empty(len(content), np.uint16)
         count = self._bolt.bolt_encode(self._model, content, len(content), ids)
         if count < 0:
             raise MemoryError
         return ids[:count].tolist()
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text; what is not UTF-8 becomes U+FFFD."""
-        room, text = ctypes.create_string_buffer(LONGEST_TOKEN), b""
-        for token in self._ids(ids).tolist():
-            length = self._bolt.bolt_token(self._model, token, room)
-            text += room.raw[:length]
-        return text.decode(errors="replace")
-
     def logits(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """The logits (B, T, V) after each of T ids of B texts, read one by one from their start.
+        """Return the logits (B, T, V) after each of T ids of B texts, read from their start.
 
-        Raises FlashLMError for another number of texts than 1 or LANES.
+        Raises FlashLMError for any number of texts but 1 and LANES.
         """
-        ids = self._ids(ids)
-        if len(ids) not in (1, LANES):
-            raise FlashLMError(f"logits come for 1 text or for {LANES}, not for {len(ids)}")
-        result = np.empty((ids.shape[1], len(ids), self._bolt.bolt_row(self._model)), np.float32)
-        with self._state(len(ids)) as state:
-            for row, column in zip(result, ids.T, strict=True):
-                self._bolt.bolt_step(state, np.ascontiguousarray(column), row)
-        return result.swapaxes(0, 1)[..., : self.vocabulary_size]
+        ids = self._check_ids(ids)
+        B, T = ids.shape
+        if B not in (1, LANES):
+            raise FlashLMError(f"logits come for 1 text or for {LANES}, not for {B}")
 
-    def token_nats(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """-ln p of every id but the first of each sequence, as evaluation.token_nats()."""
-        sequences = [self._ids(sequence) for sequence in sequences]
+        # One id of every text per step; rows are padded to whole vectors.
+        result = np.empty((T, B, self._bolt.bolt_row(self._model)), np.float32)
+        with self._state(B) as state:
+            for t in range(T):
+                self._bolt.bolt_step(state, np.ascontiguousarray(ids[:, t]), result[t])
+        return result.swapaxes(0, 1)[..., : len(self.vocabulary)]
+
+    # ---- what every LanguageModel does ----
+
+    def token_nats(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the negative log-likelihood, in nats, of every id but the first (float64)."""
 
         def score(ids: np.ndarray) -> np.ndarray:
             nats = np.empty(max(0, len(ids) - 1), np.float32)
@@ -191,69 +248,137 @@ class Bolt:
                     raise MemoryError
             return nats.astype(np.float64)
 
-        return self._in_threads(score, sequences)
+        return _in_threads(score, [self._check_ids(ids) for ids in sequences])
 
-    @staticmethod
-    def _in_threads(do: Callable, things: Sequence, stop: ctypes.c_int | None = None) -> list:
-        """Each thing done, in order, as many at once as there are cores; C does not hold Python up.
+    def write(self, prompts: Prompts, sampling: Sampling) -> list[Story]:
+        """Write one story for each prompt.
 
-        stop: becomes 1 if this is interrupted, so that they need not be waited for.
+        Greedy stories are those of PyTorch; others draw from other random numbers.
         """
-        with ThreadPoolExecutor(usable_cores()) as pool:
+        return self._write_all(prompts, sampling, ctypes.c_int(0))
+
+    def stream(self, prompts: Prompts, sampling: Sampling) -> Iterator[list[Story]]:
+        """Write the same stories, and yield them after each token, grown in place."""
+        stories = [Story() for _ in prompts]
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        stop = ctypes.c_int(0)
+
+        # C writes in a thread of its own; whatever ends it is the last event.
+        def work() -> None:
             try:
-                return list(pool.map(do, things))
-            except BaseException:
-                if stop is not None:
-                    stop.value = 1
-                raise
+                events.put(self._write_all(prompts, sampling, stop, events.put))
+            except BaseException as error:
+                events.put(error)
 
-    def generate(self, prompts: str | Sequence[str], tokens: int = 200, temperature: float = 0.8, top_k: int = 0,
-                 top_p: float = 0.95, seed: int = 0, listener: Callable[[int, int], None] | None = None) -> list[Story]:
-        """Write one story for each prompt; the settings are those of generation.stream().
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while isinstance(event := events.get(), tuple):
+                number, token, surprise, entropy = event
+                stories[number].ids.append(token)
+                stories[number].surprise.append(surprise)
+                stories[number].entropy.append(entropy)
+                yield stories
+        finally:
+            # A reader that has seen enough lets C stop as well.
+            stop.value = 1
+            thread.join()
 
-        Greedy stories are the ones of PyTorch; otherwise the random numbers are others. `entropy` stays empty.
-        listener: told of each (story, id) as it is written. Raises FlashLMError for an empty prompt or a setting out of
-        range.
+        if isinstance(event, BaseException):
+            raise event
+        for story, written in zip(stories, event, strict=True):
+            story.finished = written.finished
+
+    def _write_all(
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        stop: ctypes.c_int,
+        listener: Callable[[tuple], None] | None = None,
+    ) -> list[Story]:
+        """Write all stories, a share of them per core.
+
+        stop: becomes 1 to end all writing. listener: told of (story, id, surprise, entropy).
         """
-        stories = [Story(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        check_request([story.prompt for story in stories], tokens, temperature, top_k, top_p, seed)
-        share, stop = math.ceil(len(stories) / usable_cores()), ctypes.c_int(0)
+        prompts = [self._check_ids(prompt) for prompt in prompts]
+        share = math.ceil(len(prompts) / usable_cores())
 
-        def write(start: int) -> None:
-            self._write(stories[start : start + share], start, listener,
-                        _Settings(tokens, temperature, min(top_k, self.vocabulary_size), top_p, seed + start,
-                                  ctypes.pointer(stop)))
+        def write(start: int) -> list[Story]:
+            some = prompts[start : start + share]
+            return self._write_share(some, start, sampling, stop, listener)
 
-        self._in_threads(write, range(0, len(stories), share), stop)
+        starts = range(0, len(prompts), max(share, 1))
+        shares = _in_threads(write, starts, stop)
+        return [story for written in shares for story in written]
+
+    def _write_share(
+        self,
+        prompts: list[np.ndarray],
+        start: int,
+        sampling: Sampling,
+        stop: ctypes.c_int,
+        listener: Callable[[tuple], None] | None,
+    ) -> list[Story]:
+        """Write the stories of one thread; `start` is the number of the first one."""
+        count = len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts], ctypes.c_long)
+        settings = _Settings(
+            sampling.tokens,
+            sampling.temperature,
+            min(sampling.top_k, len(self.vocabulary)),
+            sampling.top_p,
+            sampling.seed + start,
+            ctypes.pointer(stop),
+        )
+
+        # What C fills in: (stories, tokens) and (stories).
+        ids = np.empty((count, sampling.tokens), np.uint16)
+        surprise = np.empty(ids.shape, np.float32)
+        entropy = np.empty(ids.shape, np.float32)
+        counts = np.zeros(count, ctypes.c_long)
+        finished = np.zeros(count, ctypes.c_int)
+        told = [0] * count
+
+        @_LISTENER
+        def tell(_, story: int, token: int) -> int:
+            # EOS is told, too, but it is no part of a story.
+            if token != EOS and not stop.value:
+                n = told[story]
+                told[story] += 1
+                bits = (float(surprise[story, n]), float(entropy[story, n]))
+                listener((start + story, token, *bits))
+            return stop.value
+
+        texts = LANES if count >= MIN_STORIES_TO_BATCH else 1
+        tell = tell if listener else _LISTENER()
+        written = (ids, surprise, entropy, counts, finished)
+        with self._state(texts) as state:
+            asked = (state, count, np.concatenate(prompts), lengths, settings)
+            if self._bolt.bolt_generate(*asked, *written, tell, None):
+                raise MemoryError
+
+        # Nobody reads stories that were stopped.
+        if stop.value:
+            return [Story() for _ in prompts]
+        stories = []
+        for n, length in enumerate(counts):
+            story = Story(finished=bool(finished[n]))
+            story.ids = ids[n, :length].tolist()
+            story.surprise = surprise[n, :length].tolist()
+            story.entropy = entropy[n, :length].tolist()
+            stories.append(story)
         return stories
 
-    def _write(self, stories: list[Story], start: int, listener, settings: _Settings) -> None:
-        """Write what one thread writes; `start` is the number of the first story."""
-        read = [self._ids([BOS, *self.encode(story.prompt)]) for story in stories]
-        lengths = np.array([len(ids) for ids in read], ctypes.c_long)
-        counts, finished = np.zeros(len(stories), ctypes.c_long), np.zeros(len(stories), ctypes.c_int)
-        ids = np.empty((len(stories), settings.tokens), np.uint16)
-        bits, raised = np.empty(ids.shape, np.float32), []
 
-        @_Listener
-        def tell(_, story, token):
-            try:
-                if not settings.stop.contents.value:
-                    listener(start + story, token)
-            except BaseException as error:  # C cannot pass it on
-                raised.append(error)
-                settings.stop.contents.value = 1
-            return settings.stop.contents.value
+def _in_threads(do: Callable, things: Iterable, stop: ctypes.c_int | None = None) -> list:
+    """Do something with each thing, and return the results in order; C lets Python run on.
 
-        with self._state(LANES if len(stories) >= WORTHWHILE else 1) as state:
-            failed = self._bolt.bolt_generate(state, len(stories), np.concatenate(read), lengths, settings, ids, bits,
-                                              counts, finished, tell if listener else _Listener(), None)
-        if raised:
-            raise raised[0]
-        if failed:
-            raise MemoryError
-        if settings.stop.contents.value:  # nobody will read them
-            return
-        for n, story in enumerate(stories):
-            story.ids, story.surprise = ids[n, : counts[n]].tolist(), bits[n, : counts[n]].tolist()
-            story.finished, story.text = bool(finished[n]), story.prompt + self.decode(story.ids)
+    stop: becomes 1 if this is interrupted, so that the others end soon.
+    """
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        try:
+            return list(pool.map(do, things))
+        except BaseException:
+            if stop is not None:
+                stop.value = 1
+            raise

@@ -1,0 +1,220 @@
+"""flashlm train: train a model to a time limit, or go on training one."""
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from flashlm_helpers.checkpoint import BEST, LAST, Checkpoint, load_checkpoint
+from flashlm_helpers.cli.common import (
+    add_mixer_flag,
+    add_recipe_flags,
+    add_text_flags,
+    choose_preset,
+    given_recipe,
+    notice,
+    stories_for,
+)
+from flashlm_helpers.config import (
+    PRESETS,
+    FlashLMError,
+    ModelConfig,
+    TrainConfig,
+    find_preset,
+    project_dir,
+)
+from flashlm_helpers.corpus import Corpus, open_corpus
+from flashlm_helpers.experiments.experiment import Experiment, RunReport
+from flashlm_helpers.experiments.size import count_parameters
+from flashlm_helpers.generation import generate
+from flashlm_helpers.machine.files import atomic_write, require_writable
+
+DEFAULT_HOURS = 2.0
+RECIPE_FLAGS = ["hours", "epochs", "batch", "lr", "dropout", "seed", "patience"]
+
+
+def add_parser(commands) -> None:
+    """Add the command and its flags; the published script's flags keep their names and meaning."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model to a time limit",
+        epilog=f"Without --hours and --epochs it trains for {DEFAULT_HOURS:g} hours. Where --hours "
+        "and --epochs are both given, the run ends with the first. Without --batch, a timed run of "
+        "two minutes or more measures its batch.",
+    )
+
+    # What is trained.
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="train v4-small (4.4 M parameters)")
+    size.add_argument(
+        "--large",
+        action="store_true",
+        help="train v4-large (16.9 M); default: by cores and memory",
+    )
+    size.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="train this preset; *-float: its twin with float weights",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        help="token ids in the vocabulary (default: as many as the preset has)",
+    )
+    parser.add_argument(
+        "--mixers",
+        metavar="NAME,NAME,...",
+        help="mixers instead of the preset's, a pattern that repeats over the blocks",
+    )
+    add_mixer_flag(parser)
+
+    # How, on which text, and where it goes.
+    add_recipe_flags(parser, RECIPE_FLAGS)
+    parser.add_argument("--eager", action="store_true", help="do not use torch.compile")
+    add_text_flags(parser)
+    parser.add_argument(
+        "--save-dir",
+        metavar="PATH",
+        help="where the run goes (default: a new folder in checkpoints/)",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="PATH",
+        help="a run's folder or its last.pt: go on exactly where it stopped",
+    )
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Train, or go on training; print BPC and a story."""
+    resume = load_checkpoint(args.resume, LAST) if args.resume else None
+    recipe = choose_recipe(args, resume)
+    model = choose_model(args, resume)
+    corpus = choose_text(args, resume, recipe)
+    folder = choose_folder(args, model.name)
+
+    # What the text gives is said before the training starts.
+    experiment = Experiment(corpus, model, recipe)
+    text = experiment.prepare()
+    size = len(text.vocabulary)
+    if args.vocab_size and size < args.vocab_size:
+        raise FlashLMError(
+            f"the text supports a vocabulary of {size:,} ids, not {args.vocab_size:,}: "
+            f"give --vocab-size {size} or less, or more text"
+        )
+    notice(
+        f"{corpus.name}: {text.train.n_stories:,} stories, {text.train.n_tokens / 1e6:.1f} M "
+        f"tokens; vocabulary of {size:,} covers {text.vocabulary.coverage:.2%}; "
+        f"training {model.name} into {folder}"
+    )
+
+    report = experiment.run(folder, resume)
+    story = generate(report.model, "Once upon a time", seed=recipe.seed)[0].text
+    if not args.json:
+        print(summary(report))
+        print(f"\n{story}\n\nkept in {folder}")
+    return report.as_dict() | {"story": story, "save_dir": str(folder)}
+
+
+def choose_recipe(args: argparse.Namespace, resume: Checkpoint | None) -> TrainConfig:
+    """Return the recipe of a new run, or of a resumed one with what the flags change."""
+    given = given_recipe(args, RECIPE_FLAGS)
+    if args.eager:
+        given["compile"] = False
+    if resume is None:
+        if "hours" not in given and "epochs" not in given:
+            given["hours"] = DEFAULT_HOURS
+        return TrainConfig(**given)
+
+    # With another budget, it is decided anew how to compute.
+    before = resume.train_config
+    recipe = replace(before, **given)
+    if (recipe.hours, recipe.epochs) != (before.hours, before.epochs):
+        recipe = replace(before, **({"bfloat16": None, "compile": None} | given))
+    return recipe
+
+
+def choose_model(args: argparse.Namespace, resume: Checkpoint | None) -> ModelConfig:
+    """Return the architecture: a preset's, with other mixers if asked for, or the resumed one's."""
+    preset = args.preset
+    if args.large:
+        preset = "v4-large"
+    elif args.small:
+        preset = "v4-small"
+
+    if resume is not None:
+        model = resume.network.config
+        for flag, value in {"--vocab-size": args.vocab_size, "--mixers": args.mixers}.items():
+            if value is not None:
+                raise FlashLMError(f"{flag} is for a new run: a resumed one keeps its architecture")
+        if preset and preset != model.name:
+            raise FlashLMError(
+                f"{args.resume} holds a {model.name}: leave out the preset to resume"
+            )
+        return model
+
+    model = find_preset(preset or choose_preset())
+    if args.mixers is not None:
+        model = replace(model, mixers=tuple(args.mixers.split(",")))
+    if args.vocab_size is not None:
+        model = replace(model, vocabulary_size=args.vocab_size)
+    count_parameters(model)  # refuses unknown mixers before the text is read
+    return model
+
+
+def choose_text(args: argparse.Namespace, resume: Checkpoint | None, recipe: TrainConfig) -> Corpus:
+    """Open the text that the flags name, or that the resumed run was trained on."""
+    source = resume.source if resume else None
+    if args.text_dir:
+        return open_corpus(Path(args.text_dir), source.limit if source else None)
+
+    # A data set of the hub is read no further than the run can get.
+    if args.dataset:
+        limit = source.limit if source else stories_for(recipe.hours)
+        return open_corpus(args.dataset, limit)
+    if resume is None:
+        return open_corpus("auto", stories_for(recipe.hours))
+
+    if source is None:
+        raise FlashLMError(
+            f"{args.resume} does not say which text it was trained on: resume from the {LAST} of "
+            "a run that was started here, or name its text"
+        )
+    return open_corpus(source)
+
+
+def choose_folder(args: argparse.Namespace, preset: str) -> Path:
+    """Return where the run goes, never a folder of another run.
+
+    A resumed run that moves to another folder takes its best weights along.
+    """
+    resumed = Path(args.resume) if args.resume else None
+    if resumed and not resumed.is_dir():
+        resumed = resumed.parent
+    folder = resumed
+    if args.save_dir:
+        folder = Path(args.save_dir)
+    elif folder is None:
+        folder = project_dir() / "checkpoints" / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if resumed and folder.resolve() == resumed.resolve():
+        return folder
+
+    if (folder / LAST).exists():
+        raise FlashLMError(
+            f"{folder} holds a run already: go on with --resume {folder}, or choose another "
+            "--save-dir"
+        )
+    require_writable(folder)
+    if resumed and (resumed / BEST).is_file():
+        with atomic_write(folder / BEST) as file:
+            file.write((resumed / BEST).read_bytes())
+    return folder
+
+
+def summary(report: RunReport) -> str:
+    """Say in two lines what came out of a run."""
+    return (
+        f"stopped by {report.stopped_by} after {report.seconds:.0f} s and "
+        f"{report.tokens_seen:,} tokens ({report.tokens_per_second:,.0f} tokens/s)\n"
+        f"validation: {report.val_nats_per_token:.4f} nats/token, BPC {report.bpc:.4f}, "
+        f"BPB {report.bpb:.4f}"
+    )

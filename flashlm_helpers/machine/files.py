@@ -1,0 +1,88 @@
+"""Files that are never half written, and never read half written."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from flashlm_helpers.config import FlashLMError
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message without line breaks, or its type if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name only when it is complete and on disk.
+
+    Yields a binary file with a temporary name in the same folder, which is made if missing. If
+    the block fails, the temporary file is removed and the file at `path` stays as it was.
+    Raises FlashLMError when the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+        # From here on a reader sees all of it; until here, nothing.
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FlashLMError(
+            f"cannot write {path} ({error.strerror or one_line(error)}): "
+            "choose another folder or free some space"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder and raise FlashLMError if nothing can be written there.
+
+    Call it before anything slow, whose result would be lost.
+    """
+    probe = folder / ".writable"
+    with atomic_write(probe):
+        pass
+    probe.unlink(missing_ok=True)  # another process may be trying, too
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """Read the objects of a .jsonl file, one per line; none if there is no file.
+
+    Raises FlashLMError if it holds something else.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        objects = [json.loads(line) for line in lines if line]
+    except (OSError, ValueError) as error:
+        raise FlashLMError(f"cannot read {path} as JSON lines: {one_line(error)}") from error
+
+    if not all(isinstance(value, dict) for value in objects):
+        raise FlashLMError(f"{path} holds lines that are not JSON objects")
+    return objects
+
+
+def append_json_line(path: Path, value: dict) -> None:
+    """Add `value` to a .jsonl file as its last line, atomically."""
+    objects = [*read_json_lines(path), value]
+    with atomic_write(path) as file:
+        for one in objects:
+            file.write(f"{json.dumps(one)}\n".encode())

@@ -1,0 +1,310 @@
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import fresh, interrupt_at, quiet
+
+import flashlm_helpers as fl
+from flashlm_helpers.cli.common import choose_preset
+from flashlm_helpers.config import FlashLMError, TrainConfig
+from flashlm_helpers.experiments.experiment import Experiment
+from flashlm_helpers.machine import compiler, hardware
+from flashlm_helpers.machine.compiler import compile_failure, has_cxx_compiler, use_compile_cache
+from flashlm_helpers.machine.hardware import (
+    GIB,
+    describe_hardware,
+    peak_memory,
+    usable_cores,
+    usable_memory,
+)
+from flashlm_helpers.machine.numbers import has_bfloat16, matmul_autocast
+from flashlm_helpers.machine.setup import setup
+from flashlm_helpers.training import Trainer
+
+# ---- hardware ----
+
+
+@pytest.mark.parametrize(
+    "cores, memory, preset",
+    [
+        (8, 32 * GIB, "v4-large"),
+        (64, 512 * GIB, "v4-large"),
+        (7, 64 * GIB, "v4-small"),
+        (16, 31 * GIB, "v4-small"),
+    ],
+)
+def test_the_preset_follows_cores_and_memory(cores, memory, preset):
+    assert choose_preset(cores, memory) == preset
+
+
+def test_a_cgroup_limits_cores_and_memory(monkeypatch):
+    limits = {"cpu.max": ["max 100000"], "memory.max": ["max"]}
+
+    def affinity(cores):
+        process = hardware.psutil.Process
+        monkeypatch.setattr(process, "cpu_affinity", lambda self: cores, raising=False)
+
+    monkeypatch.setattr(hardware, "_cgroup_values", lambda v2, v1: limits[v2])
+    monkeypatch.setattr(hardware.psutil, "cpu_count", lambda logical: 16)
+    affinity(list(range(32)))
+    assert usable_cores() == 16
+
+    whole = usable_memory()
+    limits["cpu.max"] = ["max 100000", "150000 100000"]
+    limits["memory.max"] = ["max", str(GIB)]
+    assert usable_cores() == 2
+    assert usable_memory() == GIB < whole
+
+    limits["cpu.max"] = ["50000 100000"]
+    assert usable_cores() == 1
+    limits["cpu.max"] = ["-1"]  # how the first version of cgroups says "no limit"
+    affinity([3])
+    assert usable_cores() == 1
+
+
+@pytest.mark.parametrize("version", [2, 1])
+def test_cgroup_files_of_every_level_are_read(tmp_path, monkeypatch, version):
+    root = tmp_path / "sys"
+    top = root if version == 2 else root / "cpu,cpuacct"
+    name = "cpu.max" if version == 2 else "cpu.cfs_quota_us"
+    (top / "a" / "b").mkdir(parents=True)
+    for folder, value in ((top, "max 1"), (top / "a", "7 1"), (top / "a" / "b", "9 1")):
+        (folder / name).write_text(value + "\n")
+    group = tmp_path / "cgroup"
+    lines = {2: "0::/a/b\n", 1: "9:memory:/x\n4:cpu,cpuacct:/a/b\n"}
+    group.write_text(lines[version])
+
+    places = {"/proc/self/cgroup": group, "/sys/fs/cgroup": root}
+    real = hardware.Path
+    monkeypatch.setattr(hardware, "Path", lambda name: places.get(name) or real(name))
+    assert hardware._cgroup_values("cpu.max", "cpu.cfs_quota_us") == ["9 1", "7 1", "max 1"]
+
+
+def test_the_description_is_plain_and_complete():
+    described = describe_hardware()
+    assert described["cores"] >= 1
+    assert described["memory_gib"] > 0
+    assert described["matmul"] in ("bfloat16", "float32")
+    assert all(isinstance(value, str | int | float) for value in described.values())
+
+
+def test_the_peak_of_memory_is_in_bytes():
+    before = peak_memory()
+    block = torch.ones(2 * before // 4)  # float32: twice as much again
+    assert 2 * before <= peak_memory() < 4 * before + block.nbytes
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
+def test_bfloat16_pays_where_the_processor_multiplies_it(monkeypatch, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512": True, name: True})
+    assert has_bfloat16() is True
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512": True, name: False})
+    assert has_bfloat16() is False
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_matmuls_alone_are_computed_in_bfloat16(monkeypatch, asked):
+    monkeypatch.setattr("flashlm_helpers.machine.numbers.has_bfloat16", lambda: True)
+    x = torch.randn(4, 4)
+    with matmul_autocast(asked):
+        expected = torch.float32 if asked is False else torch.bfloat16
+        assert (x @ x).dtype == expected
+        assert x.softmax(-1).dtype == torch.float32
+    assert (x @ x).dtype == torch.float32
+
+
+# ---- the allocator ----
+
+FAULTS = """
+import resource, torch
+from flashlm_helpers.machine.allocator import disable_malloc_trim
+torch.set_num_threads(1)
+disable_malloc_trim()
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        a, b = torch.ones(12_000_000), torch.ones(9_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(10)
+print(faults(20))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_used_again_without_asking_the_system():
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 40_000  # twenty turns of 84 MB are 410,000 pages
+
+
+# ---- the compiler ----
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "a space"])
+def test_programs_are_kept_elsewhere_where_they_cannot_be_in_data(tmp_path, monkeypatch, obstacle):
+    home = tmp_path / ("home" if obstacle == "a file" else "my home")
+    (home / "data").mkdir(parents=True)
+    if obstacle == "a file":
+        (home / "data" / "compiled").write_text("")
+    monkeypatch.setenv("FLASHLM_HOME", str(home))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    use_compile_cache()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+    monkeypatch.setenv("FLASHLM_HOME", str(tmp_path / "free"))
+    use_compile_cache()
+    folder = os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+    assert folder == str(tmp_path / "free" / "data" / "compiled")
+
+
+def test_a_cache_that_is_chosen_already_stays(tmp_path, monkeypatch, home):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    use_compile_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+def test_a_compiler_is_looked_for_by_every_name(monkeypatch):
+    there = set()
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert has_cxx_compiler() is False
+    there.add("clang++")
+    assert has_cxx_compiler() is True
+
+    there.clear()
+    there.add("my-c++")
+    assert has_cxx_compiler() is False
+    monkeypatch.setenv("CXX", "my-c++")
+    assert has_cxx_compiler() is True
+
+
+def test_a_failure_to_compile_is_one_short_line():
+    error = RuntimeError("first\nsecond\n" + "third " * 100)
+    line = compile_failure(error)
+    assert line.startswith("torch.compile failed: first second third")
+    assert "\n" not in line and len(line) < 200
+
+
+# ---- set-up, and that nothing else touches what is global ----
+
+
+@pytest.fixture
+def restored():
+    """Whatever a test does to threads and random numbers, the next one does not see it."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["smoke", "full"])
+def test_setup_prepares_the_process_and_prints_what_it_did(
+    monkeypatch, capsys, home, restored, name
+):
+    monkeypatch.setenv("FLASHLM_PROFILE", name)
+    monkeypatch.setenv("FLASHLM_DATASET", "some/text")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    torch.set_num_threads(1)
+    profile = fl.setup(seed=7)
+    first = torch.rand(1)
+    assert (profile.name, profile.dataset) == (name, "some/text")
+    assert torch.get_num_threads() == usable_cores()
+    assert torch.equal(first, torch.rand(1, generator=torch.Generator().manual_seed(7)))
+    folder = os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+    assert folder == str(home / "data" / "compiled")
+
+    table = capsys.readouterr().out
+    for words in (name, profile.preset, "some/text", platform.python_version(), torch.__version__):
+        assert words in table
+    rows = dict(line.split(maxsplit=1) for line in table.splitlines())
+    assert rows["seed"] == "7"
+    assert rows["threads"].startswith(f"{usable_cores()},")
+
+
+def test_setup_leaves_alone_what_it_is_not_asked_for(capsys, home, restored):
+    before = torch.get_rng_state()
+    setup(threads=1, show=False)
+    assert torch.get_num_threads() == 1
+    assert torch.equal(before, torch.get_rng_state())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"threads": -2}, "threads must be at least 1"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": 2**62}, "seed must be a whole number from 0"),
+    ],
+)
+def test_setup_refuses_what_cannot_be_before_it_changes_anything(
+    capsys, home, restored, arguments, complaint
+):
+    torch.set_num_threads(1)
+    before = torch.get_rng_state()
+    with pytest.raises(FlashLMError, match=complaint):
+        setup(**arguments)
+    assert torch.get_num_threads() == 1
+    assert torch.equal(before, torch.get_rng_state())
+    assert capsys.readouterr().out == ""
+
+
+def test_setup_refuses_a_profile_that_does_not_exist(monkeypatch, home, restored):
+    monkeypatch.setenv("FLASHLM_PROFILE", "quick")
+    with pytest.raises(FlashLMError, match="'quick': choose one of smoke, full"):
+        setup()
+
+
+def global_state():
+    return torch.get_num_threads(), dict(os.environ), torch.get_rng_state().tolist()
+
+
+def test_no_constructor_touches_what_is_global(
+    prepared, text_dir, model_config, tmp_path, home, restored
+):
+    torch.set_num_threads(usable_cores() + 1)  # a number that nobody would choose
+    recipe = TrainConfig(epochs=0.11, validation_stories=2, seed=5)
+    threads, environment, _ = global_state()
+    network, optimizer = fresh(model_config, recipe, prepared.vocabulary)
+    assert global_state()[:2] == (threads, environment)
+
+    before = global_state()
+    Trainer(network, optimizer, recipe, prepared, tmp_path)
+    Experiment(text_dir, model_config, recipe)
+    Experiment(["One story.", "Another one."] * 50, "tiny", recipe)
+    assert global_state() == before
+
+
+@pytest.mark.parametrize("stop", [None, 2], ids=["whole", "interrupted"])
+def test_an_experiment_leaves_the_process_as_it_found_it(
+    text_dir, model_config, tmp_path, home, restored, stop
+):
+    torch.set_num_threads(usable_cores() + 1)
+    recipe = TrainConfig(epochs=0.11, validation_stories=2, seed=5)
+    experiment = Experiment(text_dir, replace(model_config, vocabulary_size=1_000), recipe)
+    before = global_state()
+    experiment.run(tmp_path / "run", on_step=quiet if stop is None else interrupt_at(stop))
+    assert global_state() == before
+
+
+def test_an_experiment_that_fails_restores_the_random_state(
+    text_dir, model_config, tmp_path, home, restored
+):
+    def broken(network, recipe):
+        torch.rand(3)
+        raise RuntimeError("no such optimizer")
+
+    recipe = TrainConfig(epochs=0.11, seed=5)
+    experiment = Experiment(text_dir, model_config, recipe, build_optimizer=broken)
+    before = global_state()
+    with pytest.raises(RuntimeError, match="no such optimizer"):
+        experiment.run(tmp_path / "run")
+    assert global_state() == before
