@@ -12,7 +12,8 @@ import importlib
 __version__ = "0.2.0"
 
 _NAMES = {
-    "config": "FlashLMError ModelConfig TrainConfig PRESETS project_dir",
+    "config": "FlashLMError ModelConfig TrainConfig PRESETS",
+    "machine.files": "project_dir",
     "machine.setup": "setup",
     "corpus": "open_corpus",
     "vocab": "Vocabulary",
@@ -29,7 +30,7 @@ _NAMES = {
     "generation": "generate stream",
     "runtime": "load",
     "runtime.pytorch": "PyTorchModel",
-    "plots": "LiveLossCurve",
+    "experiments.live": "LiveLossCurve",
 }
 _MODULES = (
     "config corpus vocab tokens quantization mixers registry model loss optimization autotune "

@@ -6,16 +6,15 @@ None until autotune() has looked at the machine and at the time there is.
 
 import copy
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from statistics import median
 
 import torch
 from torch import nn
 
 from flashlm_helpers.config import TrainConfig
 from flashlm_helpers.machine.compiler import compile_failure, has_cxx_compiler
+from flashlm_helpers.machine.measuring import measure_batches
 from flashlm_helpers.machine.numbers import has_bfloat16
 from flashlm_helpers.optimization import accumulate_gradient, optimizer_step
 from flashlm_helpers.tokens import TokenFile
@@ -53,35 +52,6 @@ def compile_network(network: nn.Module, bfloat16: bool | None) -> str | None:
     torch._dynamo.config.suppress_errors = True
     network.compile()
     return None
-
-
-def measure_batches(
-    step: Callable[[int], object],
-    batches: Sequence[int],
-    limit: float,
-    repeats: int = 2,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[int, float]:
-    """Measure the sequences per second of step(batch) for each batch: medians, taken in turns.
-
-    limit: seconds that this may take; if the first step shows that it would take longer, nothing
-    is measured and the result is empty.
-    """
-    # The first step shows about how long all of them will take.
-    began = clock()
-    step(batches[0])
-    per_sequence = (clock() - began) / batches[0]
-    if per_sequence * sum(batches) * (repeats + 1) > limit:
-        return {}
-
-    # In turns, so that a slow moment of the machine does not fall on one batch alone.
-    seconds: dict[int, list[float]] = {batch: [] for batch in batches}
-    for _ in range(repeats + 1):
-        for batch, taken in seconds.items():
-            began = clock()
-            step(batch)
-            taken.append(clock() - began)
-    return {batch: batch / median(taken[1:]) for batch, taken in seconds.items()}  # 1: warmed up
 
 
 def choose_batch(speeds: dict[int, float], seconds: float) -> int:

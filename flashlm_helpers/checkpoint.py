@@ -136,11 +136,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     # Only tensors and plain values, so that loading need not run code.
     vocabulary = checkpoint.vocabulary
     content = plain_content(checkpoint)
-    content["vocabulary"] = {
-        "hash": vocabulary.hash,
-        "kept": list(vocabulary.kept),
-        "coverage": vocabulary.coverage,
-    }
+    saved = {"hash": vocabulary.hash, "coverage": vocabulary.coverage}
+    content["vocabulary"] = saved | {"kept": list(vocabulary.kept)}
     content["model"] = checkpoint.network.state_dict()
     with atomic_write(Path(path)) as file:
         torch.save(content, file)

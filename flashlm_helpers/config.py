@@ -1,10 +1,8 @@
 """The sizes of a model, the recipe of a run, the presets, and the one error a person can cause."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 
@@ -57,9 +55,8 @@ def check_options(config: Any) -> None:
 def check_seed(seed: int) -> None:
     """Raise FlashLMError unless every random number generator accepts this seed."""
     if not 0 <= seed < 2**62:
-        raise FlashLMError(
-            f"seed must be a whole number from 0 to 2**62 - 1, not {seed}: try --seed 42"
-        )
+        words = "a whole number from 0 to 2**62 - 1"
+        raise FlashLMError(f"seed must be {words}, not {seed}: try --seed 42")
 
 
 # ---- the model ----
@@ -130,9 +127,8 @@ def attention_at(places: list[int] | tuple[int, ...], blocks: int) -> tuple[str,
     # Blocks that there are, each at most once.
     listed = isinstance(places, list | tuple)
     if not listed or not set(places) <= set(range(blocks)) or len(set(places)) < len(places):
-        raise FlashLMError(
-            f"attention cannot be {places}: list blocks, each once and from 0 to {blocks - 1}"
-        )
+        advice = f"list blocks, each once and from 0 to {blocks - 1}"
+        raise FlashLMError(f"attention cannot be {places}: {advice}")
 
     # Everywhere else a block has v4's convolution.
     names = ["conv"] * blocks
@@ -218,17 +214,3 @@ class TrainConfig:
         content = {"sampled_softmax": False} | content
         content.pop("optimizer", None)
         return cls(**content)
-
-
-# ---- where files go ----
-
-
-def project_dir() -> Path:
-    """Return the folder of data/ and checkpoints/.
-
-    It is FLASHLM_HOME if set, or else the clone, or the working folder if there is no clone.
-    """
-    if home := os.environ.get("FLASHLM_HOME"):
-        return Path(home)
-    clone = Path(__file__).resolve().parent.parent
-    return clone if (clone / "pyproject.toml").is_file() else Path.cwd()

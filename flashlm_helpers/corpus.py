@@ -3,8 +3,6 @@
 import hashlib
 import itertools
 import os
-import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +11,12 @@ from typing import Any
 
 from flashlm_helpers import builtin
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.sources.files import READERS, SEPARATOR, read_stories
-from flashlm_helpers.sources.hub import HUB, HUB_NAME, HubDataset, open_split
+from flashlm_helpers.sources.files import find_stories, read_stories
+from flashlm_helpers.sources.hub import HUB, HUB_NAME, HubDataset, choose_reachable, open_split
+from flashlm_helpers.sources.splits import hold_out, is_held_out
 
 SPLITS = ("train", "valid")
 BUILTIN_STORIES = {"train": 20_000, "valid": 1_000}
-
-# Where a text has no validation split, one story in so many is held out.
-HELD_OUT = 20
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def open_corpus(text: Any = "auto", limit: int | None = None) -> Corpus:
 def _open_named(name: str, limit: int | None) -> Corpus:
     # A checkpoint must name what "auto" became: it may become something else tomorrow.
     if name == "auto":
-        name = _choose_reachable()
+        name = choose_reachable()
     if name == "builtin":
         return _open_builtin(limit)
 
@@ -128,16 +124,6 @@ def _open_named(name: str, limit: int | None) -> Corpus:
     return Corpus(name, key, read, TextSource(name, None, limit))
 
 
-def _choose_reachable() -> str:
-    """Return "tinystories" if its first story comes; otherwise say why not and return "builtin"."""
-    try:
-        open_split(HUB["tinystories"], "train")
-    except FlashLMError as error:
-        print(f"{error}; using the built-in corpus", file=sys.stderr)
-        return "builtin"
-    return "tinystories"
-
-
 def _read_hub(dataset: HubDataset, limit: int | None, split: str) -> Iterator[str]:
     stories, own = open_split(dataset, split)
 
@@ -145,28 +131,13 @@ def _read_hub(dataset: HubDataset, limit: int | None, split: str) -> Iterator[st
     if split == "valid":
         limit = None if own else BUILTIN_STORIES["valid"]
     if not own:
-        stories = _hold_out(stories, split)
+        stories = hold_out(stories, split)
     return itertools.islice(stories, limit)
 
 
 def _key(*parts) -> str:
     content = repr(parts).encode()
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def is_held_out(story: str) -> bool:
-    """Return whether a story, by its content, is the one in twenty that is held out."""
-    # Not hash(), which differs from process to process.
-    content = story.strip().encode("utf-8", "surrogatepass")
-    return zlib.crc32(content) % HELD_OUT == 0
-
-
-def _hold_out(stories: Iterable[str], split: str) -> Iterator[str]:
-    """Yield the stories that belong to a split by their content."""
-    wanted = split == "valid"
-    for story in stories:
-        if is_held_out(story) == wanted:
-            yield story
 
 
 # ---- the built-in generator, and strings in memory ----
@@ -221,15 +192,7 @@ def _check_strings(stories: Iterable[Any]) -> Iterator[str]:
 
 
 def _open_folder(folder: Path, limit: int | None) -> Corpus:
-    if not folder.is_dir():
-        raise FlashLMError(f"{folder} is not a folder: give one that holds train*.txt")
-    files = {split: _find_files(folder, split) for split in SPLITS}
-    if not files["train"]:
-        problem = "is empty"
-        if any(folder.iterdir()):
-            problem = "holds no train*.txt, train*.jsonl or train*.parquet"
-        advice = f"put stories into train.txt, with a line {SEPARATOR} after each"
-        raise FlashLMError(f"{folder} {problem}: {advice}")
+    files = find_stories(folder, SPLITS)
 
     # A file that is written again has another time of change, so its caches are built anew.
     states = []
@@ -244,18 +207,12 @@ def _open_folder(folder: Path, limit: int | None) -> Corpus:
     return Corpus(folder.name, key, read, TextSource(None, str(folder), limit))
 
 
-def _find_files(folder: Path, split: str) -> list[Path]:
-    # In the order of their names, which is the order of the stories.
-    found = sorted(folder.glob(f"{split}*"))
-    return [path for path in found if path.suffix in READERS and path.is_file()]
-
-
 def _read_folder(files: dict[str, list[Path]], limit: int | None, split: str) -> Iterator[str]:
     # Without files for validation, both splits are read from those for training.
     paths = files[split] if files["valid"] else files["train"]
     stories = itertools.chain.from_iterable(map(read_stories, paths))
     if not files["valid"]:
-        stories = _hold_out(stories, split)
+        stories = hold_out(stories, split)
 
     if split == "train":
         stories = itertools.islice(stories, limit)

@@ -10,7 +10,8 @@ from torch import Tensor
 from flashlm_helpers.config import FlashLMError, check_seed, option
 from flashlm_helpers.mixers import State, map_state
 from flashlm_helpers.model import LanguageModel
-from flashlm_helpers.vocab import BOS, EOS, SURROGATE, Vocabulary
+from flashlm_helpers.sources.gpt2 import SURROGATE
+from flashlm_helpers.vocab import BOS, EOS, Vocabulary
 
 MOST_TOKENS = 1_000_000  # of one story
 

@@ -33,9 +33,8 @@ def register_mixer(name: str, mixer: type[nn.Module] | str) -> None:
     # The same class may be registered again, another one may not take its name.
     earlier = _REGISTRY.get(name)
     if earlier is not None and where_to_import(earlier) != where_to_import(mixer):
-        raise FlashLMError(
-            f"the name {name!r} belongs to {where_to_import(earlier)}: choose another one"
-        )
+        owner = where_to_import(earlier)
+        raise FlashLMError(f"the name {name!r} belongs to {owner}: choose another one")
     _REGISTRY[name] = mixer
 
 
@@ -57,9 +56,8 @@ def _import_class(path: str) -> type[nn.Module]:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # a module of one's own may fail in any way
-        raise FlashLMError(
-            f"cannot import the mixer {path!r} ({one_line(error)}): give module:Class"
-        ) from error
+        problem = f"cannot import the mixer {path!r} ({one_line(error)})"
+        raise FlashLMError(f"{problem}: give module:Class") from error
 
 
 def find_mixer(name: str) -> type[nn.Module]:

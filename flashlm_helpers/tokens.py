@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flashlm_helpers.config import FlashLMError, project_dir
-from flashlm_helpers.corpus import SEPARATOR, Corpus
-from flashlm_helpers.machine.files import atomic_write
-from flashlm_helpers.vocab import BOS, EOS, PAD, Vocabulary, batches_of_text
+from flashlm_helpers.config import FlashLMError
+from flashlm_helpers.corpus import Corpus
+from flashlm_helpers.machine.files import atomic_write, project_dir
+from flashlm_helpers.sources.files import SEPARATOR
+from flashlm_helpers.sources.gpt2 import batches_of_text
+from flashlm_helpers.vocab import BOS, EOS, PAD, Vocabulary
 
 # A vocabulary is counted from so many training stories.
 VOCABULARY_STORIES = 100_000

@@ -123,9 +123,8 @@ class Trainer:
                 f"{self.network.config.name} of another shape: leave out the preset"
             )
         if checkpoint.optimizer is None:
-            raise FlashLMError(
-                f"this checkpoint holds no optimizer state: resume from {LAST} of the same run"
-            )
+            problem = "this checkpoint holds no optimizer state"
+            raise FlashLMError(f"{problem}: resume from {LAST} of the same run")
 
         # With another budget, other ways to compute may pay; with the same one, the run must go
         # on in the same way, to the last bit.
@@ -142,9 +141,8 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(copy.deepcopy(checkpoint.optimizer))
         except (ValueError, KeyError) as error:
-            raise FlashLMError(
-                "the checkpoint's optimizer is of another kind: resume with the one it had"
-            ) from error
+            problem = "the checkpoint's optimizer is of another kind"
+            raise FlashLMError(f"{problem}: resume with the one it had") from error
         torch.set_rng_state(checkpoint.random_state)
 
         # Progress, with its marks on the budget.
@@ -158,9 +156,8 @@ class Trainer:
             self.progress.next_validation = spent + self._validation_gap()
             self.progress.next_point = spent
         if spent >= 1:
-            raise FlashLMError(
-                "this run has spent its budget: give a larger --hours or --epochs to train on"
-            )
+            advice = "give a larger --hours or --epochs to train on"
+            raise FlashLMError(f"this run has spent its budget: {advice}")
 
     def run(self, on_step: Callable[[Progress], None]) -> tuple[Progress, StopReason]:
         """Train, validate and save until the budget or the patience ends, or someone interrupts.

@@ -5,16 +5,14 @@ Built step by step in notebook 01.
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.machine.files import one_line, write_json
-from flashlm_helpers.machine.hardware import usable_cores
-from flashlm_helpers.sources.gpt2 import GPT2_SIZE, gpt2_encoding
+from flashlm_helpers.sources.gpt2 import GPT2_SIZE, batches_of_text, gpt2_encoding, gpt2_ids
 
 # The first ids have these meanings in every vocabulary.
 PAD, UNK, BOS, EOS = range(4)
@@ -27,55 +25,10 @@ _SINGLE_BYTES = [bytes([value]) for value in range(BYTES)]
 SMALLEST = len(SPECIALS) + BYTES
 LARGEST = len(SPECIALS) + GPT2_SIZE - 1
 
-# Characters that are half of a UTF-16 pair. A string may hold one, but UTF-8 cannot.
-SURROGATE = re.compile("([\ud800-\udfff])")
-
 _FORMAT = "flashlm-vocabulary-1"
 
 
 # ---- GPT-2's tokens ----
-
-
-def gpt2_ids(texts: Sequence[str]) -> list[list[int]]:
-    """Return the GPT-2 token ids of each text, computed in parallel.
-
-    Special tokens in a text are ordinary characters. A lone surrogate, which UTF-8 cannot hold,
-    becomes the ids of its three bytes, so nothing is lost.
-    """
-    # Only this rare case needs a loop in Python.
-    if any(map(SURROGATE.search, texts)):
-        return list(map(_ids_with_surrogates, texts))
-    return gpt2_encoding().encode_ordinary_batch(list(texts), num_threads=usable_cores())
-
-
-def _ids_with_surrogates(text: str) -> list[int]:
-    # Split by a group in parentheses, a text keeps its surrogates as parts of their own.
-    encoding = gpt2_encoding()
-    ids = []
-    for part in SURROGATE.split(text):
-        if SURROGATE.match(part):
-            for value in part.encode("utf-8", "surrogatepass"):
-                ids.append(encoding.encode_single_token(_SINGLE_BYTES[value]))
-        else:
-            ids.extend(encoding.encode_ordinary(part))
-    return ids
-
-
-def batches_of_text(stories: Iterable[str], characters: int = 1 << 21) -> Iterator[list[str]]:
-    """Group stories into lists of about `characters` characters, so that memory stays flat."""
-    batch = []
-    size = 0
-    # A batch is full after the story that reaches its size, so it always has one.
-    for story in stories:
-        batch.append(story)
-        size += len(story)
-        if size >= characters:
-            yield batch
-            batch = []
-            size = 0
-
-    if batch:
-        yield batch
 
 
 def count_gpt2_tokens(stories: Iterable[str]) -> np.ndarray:

@@ -9,9 +9,10 @@ import torch
 
 from flashlm_helpers import builtin, loss
 from flashlm_helpers.config import ModelConfig, TrainConfig
-from flashlm_helpers.corpus import SEPARATOR, open_corpus
+from flashlm_helpers.corpus import open_corpus
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import build_optimizer
+from flashlm_helpers.sources.files import SEPARATOR
 from flashlm_helpers.tokens import prepare
 from flashlm_helpers.training import train
 

@@ -21,6 +21,7 @@ from flashlm_helpers.machine.hardware import GIB
 from flashlm_helpers.machine.profile import active_profile
 from flashlm_helpers.runtime import load
 from flashlm_helpers.sources import hub
+from flashlm_helpers.sources.files import SEPARATOR
 
 QUICK = ["--small", "--epochs", "0.02", "--batch", "2"]
 TINY = ["--preset", "tiny", "--epochs", "0.02", "--batch", "2"]
@@ -294,7 +295,7 @@ def test_resume_takes_another_copy_of_the_same_text(run, text_dir, tmp_path, cap
 
 def test_eval_bpc_agrees_with_the_package(run, text_dir, capsys):
     text = text_dir / "valid.txt"
-    texts = [story.strip() for story in text.read_text().split(corpus.SEPARATOR)]
+    texts = [story.strip() for story in text.read_text().split(SEPARATOR)]
     expected = evaluate(load(run[0]), [story for story in texts if story])
     result, _ = said_json(capsys, "eval-bpc", "--checkpoint", run[0], "--text", text)
     for name, value in asdict(expected).items():

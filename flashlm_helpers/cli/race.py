@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flashlm_helpers.cli.common import add_mixer_flag, add_text_flags, stories_for
-from flashlm_helpers.config import FlashLMError, project_dir
+from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.experiments.race import Entrant, race, race_table, split_entrants
-from flashlm_helpers.machine.files import atomic_write
+from flashlm_helpers.machine.files import atomic_write, project_dir
 
 
 def add_parser(commands) -> None:

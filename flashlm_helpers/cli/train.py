@@ -15,19 +15,12 @@ from flashlm_helpers.cli.common import (
     notice,
     stories_for,
 )
-from flashlm_helpers.config import (
-    PRESETS,
-    FlashLMError,
-    ModelConfig,
-    TrainConfig,
-    find_preset,
-    project_dir,
-)
+from flashlm_helpers.config import PRESETS, FlashLMError, ModelConfig, TrainConfig, find_preset
 from flashlm_helpers.corpus import Corpus, open_corpus
 from flashlm_helpers.experiments.experiment import Experiment, RunReport
 from flashlm_helpers.experiments.size import count_parameters
 from flashlm_helpers.generation import generate
-from flashlm_helpers.machine.files import atomic_write, require_writable
+from flashlm_helpers.machine.files import atomic_write, project_dir, require_writable
 
 DEFAULT_HOURS = 2.0
 RECIPE_FLAGS = ["hours", "epochs", "batch", "lr", "dropout", "seed", "patience"]

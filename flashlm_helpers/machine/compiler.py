@@ -5,8 +5,7 @@ import re
 import shutil
 from contextlib import suppress
 
-from flashlm_helpers.config import project_dir
-from flashlm_helpers.machine.files import one_line
+from flashlm_helpers.machine.files import one_line, project_dir
 
 CXX_COMPILERS = ("g++", "clang++", "c++", "cl")
 

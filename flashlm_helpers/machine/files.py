@@ -86,3 +86,14 @@ def append_json_line(path: Path, value: dict) -> None:
     with atomic_write(path) as file:
         for one in objects:
             file.write(f"{json.dumps(one)}\n".encode())
+
+
+def project_dir() -> Path:
+    """Return the folder of data/ and checkpoints/.
+
+    It is FLASHLM_HOME if set, or else the clone, or the working folder if there is no clone.
+    """
+    if home := os.environ.get("FLASHLM_HOME"):
+        return Path(home)
+    clone = Path(__file__).resolve().parent.parent.parent
+    return clone if (clone / "pyproject.toml").is_file() else Path.cwd()

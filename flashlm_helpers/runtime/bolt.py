@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flashlm_helpers.config import FlashLMError, project_dir
+from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.corpus import TextSource
 from flashlm_helpers.generation import Prompts, Sampling, Story
-from flashlm_helpers.machine.files import one_line, require_writable
+from flashlm_helpers.machine.files import one_line, project_dir, require_writable
 from flashlm_helpers.machine.hardware import usable_cores
 from flashlm_helpers.runtime.packed import LANES, load_vocabulary
 from flashlm_helpers.vocab import EOS

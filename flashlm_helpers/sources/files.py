@@ -1,7 +1,7 @@
 """Stories in files of several formats, one in memory at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +85,25 @@ def _text_of(record: Any, path: Path) -> str:
 
 
 READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def find_stories(folder: Path, splits: Sequence[str]) -> dict[str, list[Path]]:
+    """Find the files of each split in a folder, by their names and in the order of these.
+
+    Raises FlashLMError if there is no such folder, or nothing in it for the first split.
+    """
+    if not folder.is_dir():
+        raise FlashLMError(f"{folder} is not a folder: give one that holds train*.txt")
+    files = {}
+    for split in splits:
+        found = sorted(folder.glob(f"{split}*"))
+        files[split] = [path for path in found if path.suffix in READERS and path.is_file()]
+
+    # Say what is there instead, and what to do.
+    if not files[splits[0]]:
+        problem = "is empty"
+        if any(folder.iterdir()):
+            problem = "holds no train*.txt, train*.jsonl or train*.parquet"
+        advice = f"put stories into train.txt, with a line {SEPARATOR} after each"
+        raise FlashLMError(f"{folder} {problem}: {advice}")
+    return files

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import re
+import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +45,16 @@ HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([^:]*))?(?::([^:]*))?")
 _VALID_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 _ADVICE = "check the connection and try again, or choose builtin or a folder of text"
+
+
+def choose_reachable() -> str:
+    """Return "tinystories" if its first story comes; otherwise say why not and return "builtin"."""
+    try:
+        open_split(HUB["tinystories"], "train")
+    except FlashLMError as error:
+        print(f"{error}; using the built-in corpus", file=sys.stderr)
+        return "builtin"
+    return "tinystories"
 
 
 def open_split(dataset: HubDataset, split: str) -> tuple[Iterator[str], bool]:
