@@ -136,6 +136,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     # Only tensors and plain values, so that loading need not run code.
     vocabulary = checkpoint.vocabulary
     content = plain_content(checkpoint)
+
+    # A vocabulary is its kept ids; the hash shows whether they are still the same.
     saved = {"hash": vocabulary.hash, "coverage": vocabulary.coverage}
     content["vocabulary"] = saved | {"kept": list(vocabulary.kept)}
     content["model"] = checkpoint.network.state_dict()

@@ -83,6 +83,8 @@ def causal_convolution(value: Tensor, past: Tensor, taps: Tensor) -> tuple[Tenso
     if writing:
         window = torch.cat([past, value], dim=1)
         return (window * taps).sum(1, keepdim=True), window[:, 1:]
+
+    # Whole texts, and training, which needs the gradient.
     return _CausalConvolution.apply(value, past, taps)
 
 

@@ -162,6 +162,8 @@ class FlashLM(nn.Module):
         # In training, a part of the vocabulary may do; scoring always takes all of it.
         hidden, _ = self.hidden(ids)
         sampled = self.sampled_softmax and self.training
+
+        # Every position is a row of its own: (B * T, D) and (B * T).
         rows = hidden.flatten(0, 1)
         weight = self.embedding.weight
         wanted = targets.flatten()

@@ -152,6 +152,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help=f"{CHECKPOINT_HELP}, or an exported model: packed or .onnx",
     )
+
+    # Without it, a file is run by what it was made for.
     parser.add_argument(
         "--runtime",
         choices=("torch", "c", "onnx"),

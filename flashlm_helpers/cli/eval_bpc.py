@@ -28,12 +28,14 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Score a text with a model, and with baselines that count or compress."""
+    # The stories as they are trained on: stripped, without empty ones.
     model = load_or_torch(args)
     stripped = (story.strip() for story in read_stories(args.text))
     stories = [story for story in stripped if story]
     if not stories:
         raise FlashLMError(f"{args.text} holds no story: give a text file that is not empty")
 
+    # The model first; people may wait for the baselines.
     report = evaluate(model, stories)
     if not args.json:
         print(report)
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def baselines(model: LanguageModel, stories: list[str]) -> dict[str, dict[str, float]]:
     """Score what a model has to beat; the counting ones need the text it was trained on."""
+    # Where the training text is gone, the uniform model and the compressors are left.
     training_ids = None
     if model.source is None:
         notice("the model does not say which text it was trained on, so no unigram and trigram")
@@ -65,6 +68,7 @@ def baselines(model: LanguageModel, stories: list[str]) -> dict[str, dict[str, f
         except FlashLMError as error:
             notice(f"the training text is not at hand, so no unigram and trigram: {error}")
 
+    # Counting models and compressors side by side.
     results = {}
     for name, report in counting_baselines(model.vocabulary, training_ids, stories).items():
         results[name] = {"bpc": report.bpc, "bpb": report.bpb}

@@ -33,6 +33,7 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Export a model to a new file."""
+    # Never write over a file that somebody may still need.
     if Path(args.out).exists():
         raise FlashLMError(
             f"{args.out} is there already: give the name of a new file, such as model.pt"
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> dict:
     export = {"compact": export_compact, "packed": export_packed, "onnx": export_onnx}
     export[args.format](args)
 
+    # The size is why one exports.
     size = Path(args.out).stat().st_size
     if not args.json:
         print(f"{args.out}: {size / 1e6:.2f} MB")

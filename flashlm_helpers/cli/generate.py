@@ -46,6 +46,7 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Write one story."""
+    # The flags are the fields of Sampling.
     model = load_or_torch(args)
     names = ("tokens", "temperature", "top_k", "top_p", "seed")
     settings = {name: getattr(args, name) for name in names}

@@ -40,14 +40,16 @@ def make_parser() -> OneLineParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; a mistake a person can mend is status 2."""
+    # What a terminal cannot show is escaped, and does not end the program.
     for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="backslashreplace")  # a terminal may lack a story's characters
+        output.reconfigure(errors="backslashreplace")
     parser = make_parser()
     args = parser.parse_args(arguments)
     for name in PLACES:
         if getattr(args, name, None) == "":  # an unset variable of a shell must not go unnoticed
             parser.error(f"--{name.replace('_', '-')} is empty: give a path or a name")
 
+    # Only the command that is asked for is imported and prepared for.
     command = importlib.import_module(f"flashlm_helpers.cli.{COMMANDS[args.command]}")
     try:
         if args.command in ("train", "race"):

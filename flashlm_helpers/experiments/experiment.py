@@ -78,11 +78,13 @@ class Experiment:
         if self.build_model is FlashLM:
             count_parameters(self.model)
 
+        # Text to token ids; what an earlier run prepared is reused.
         corpus = open_corpus(self.text)
         text = prepare(corpus, self.model.vocabulary_size)
         if resume is not None and not isinstance(resume, Checkpoint):
             resume = load_checkpoint(resume, LAST, self.build_model)
 
+        # All random numbers of the run come from its seed, and none of the caller's are used up.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
             network = self.build_model(replace(self.model, vocabulary_size=len(text.vocabulary)))
@@ -111,6 +113,8 @@ class Experiment:
     ) -> "RunReport":
         last = progress.history.train[-1].nats_per_token if progress.history.train else None
         best = load_checkpoint(folder / BEST, build_model=self.build_model)
+
+        # Facts of the run, then how good its best weights are, then on what and with what.
         report = RunReport(
             stopped_by=stopped_by,
             steps=progress.step,

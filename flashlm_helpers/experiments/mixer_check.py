@@ -83,7 +83,7 @@ def _sees_no_future(module: nn.Module, x: Tensor) -> str | None:
             position = int(changed[0, 1])
             return (
                 f"sees the future: editing the stream from position {t} on changes its output at "
-                f"position {position}, so it must not read anything after a position"
+                f"position {position}; a mixer must not read later positions"
             )
     return None
 
@@ -118,6 +118,7 @@ def _has_state(module: nn.Module, x: Tensor) -> str | None:
 
 
 def _streams(module: nn.Module, x: Tensor) -> str | None:
+    # Read all at once, and then in pieces that hand their state on.
     whole = module(x)[0]
     T = x.shape[1]
     ways = {"token by token": [1] * T, "in two pieces": [T // 3, T - T // 3]}

@@ -163,7 +163,7 @@ class RaceRecord:
 
 
 def read_records(path: Path) -> list[RaceRecord]:
-    """Read the records of a results file, none if there is no file.
+    """Read the records of a results file; none if there is no file.
 
     Raises FlashLMError if it holds anything else.
     """
@@ -185,6 +185,7 @@ def race_table(records: Sequence[RaceRecord]) -> str:
     for record in records:
         runs_of.setdefault(record.entrant, []).append(record)
 
+    # One row per entrant: means over its seeds.
     width = max(len(name) for name in runs_of)
     rows = []
     for name, runs in runs_of.items():

@@ -70,6 +70,7 @@ def receptive_field(config: ModelConfig) -> int | None:
     None means without end, or unknown: a mixer says it by a static method `reach(config)`.
     """
     # Every block lets a position reach farther back, through the positions it has mixed in.
+    # Every block reaches farther back, through the positions that it reads.
     total = 1
     for name in config.block_mixers:
         reach = getattr(find_mixer(name), "reach", None)
