@@ -22,7 +22,7 @@ def setup(seed: int | None = None, threads: int | None = None, show: bool = True
     if seed is not None:
         check_seed(seed)
 
-    # Everything global happens in these lines, and nowhere else in the package.
+    # What is global is set here; compiling a network sets torch.compile's own limits later.
     torch.set_num_threads(threads or usable_cores())
     disable_malloc_trim()
     use_compile_cache()
