@@ -272,11 +272,27 @@ def test_a_stream_grows_into_the_written_stories(count, packed):
     settings_ = {"tokens": 15, "seed": 4}
     grown = 0
     for stories in stream(bolt, ["Tom"] * count, **settings_):
-        written = sum(len(story.ids) for story in stories)
+        written = sum(len(story.ids) + story.finished for story in stories)
         assert written == grown + 1
         grown = written
     assert stories == generate(bolt, ["Tom"] * count, **settings_)
     assert all(len(s.ids) == len(s.surprise) == len(s.entropy) for s in stories)
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_stream_of_stories_that_end_at_once_says_so(count, model_config, vocabulary, tmp_path):
+    network = FlashLM(replace(model_config, vocabulary_size=len(vocabulary))).eval()
+    with torch.no_grad():  # EOS is the likeliest, whatever was read
+        for parameter in network.blocks.parameters():
+            parameter.zero_()
+        network.embedding.weight.fill_(0.1)
+        network.embedding.weight[EOS] = 1
+    model = PyTorchModel(network, vocabulary)
+    save_packed(tmp_path / "m", model)
+    for runtime_ in (model, Bolt(tmp_path / "m")):
+        stories = list(stream(runtime_, ["Tom"] * count, temperature=0))[-1]
+        assert [(s.text, s.ids, s.finished) for s in stories] == [("Tom", [], True)] * count
 
 
 @needs_compiler

@@ -4,12 +4,15 @@
  *     cc -O3 bolt.c -o bolt && ./bolt model.flashlm "Once upon a time"
  *
  * The ternary layers never multiply by a weight. Any three weights of -1, 0 or +1 select one of 27
- * sums of three inputs. For each token we make these sums once, by additions and subtractions; then
- * every row of the matrix looks up its own and adds them. One scale per layer is multiplied in last.
+ * sums of three inputs. For each token we make all these sums once; then every row of the matrix
+ * looks up its own and adds them. One scale per layer is multiplied in last.
  *
  * We run B texts at once, where B is 1 or 16. Activations of n channels have the shape (n, B), so
  * 16 floats in a row are 16 channels of one text, or one channel of 16 texts. One and the same loop
  * serves both.
+ *
+ * In this order: arithmetic, one token, sampling, kernels, opening a file, text to ids, scoring and
+ * generating, the program. To see how a token is computed, start at step_body() and read upwards.
  *
  * Shapes: B texts, D width, H hidden, K kernel size, V vocabulary. packed.py describes the file.
  */
@@ -46,7 +49,7 @@ enum {
     TABLE = 32,              // room of a table of 27 sums
     NEGATIVE = 16,           // entry 16 + k of a table is minus entry k
     OUT_OF_REACH = 1 << 30,  // distance of a slot that a text cannot see
-    GROUPS_AT_ONCE = 16,     // tables of 16 texts made at once: 32 KB, to stay in the fastest cache
+    GROUPS_AT_ONCE = 16,     // tables of 16 texts at a time: 32 KB, for the fastest cache
 };
 
 // The file format, and the limits that packed.py keeps to.
@@ -73,6 +76,8 @@ enum {
     MAX_STATE_FLOATS = 1 << 26,
 };
 
+// A vector of 16 floats is one register with AVX-512, two with AVX2, four elsewhere. The compiler
+// splits it where it must; look_up_16_body() uses the smaller types to do so by hand.
 typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef float vec8 __attribute__((vector_size(32), may_alias));
 typedef float vec4 __attribute__((vector_size(16), may_alias));
@@ -114,32 +119,36 @@ _Static_assert(sizeof(header) == 192, "the header of the file has no gaps");
  *            +-----------------------+-----------------------+----
  *
  * A code is the three weights that a row has for the inputs of a group, and the place of their sum
- * in the group's table: see make_tables().
+ * in the group's table: see make_table().
  */
 typedef struct {
     int rows;                   // outputs
     int cols;                   // inputs
     int groups;                 // of three inputs, rounded up
     int tiles;                  // of 16 rows, rounded up to a multiple of TILES
-    float scale[2];             // of the upper and lower half of the rows, as gate and up share a layer
+    float scale[2];             // of the first and second half of the rows: gate and up are one
     uint8_t *codes;             // (tiles, groups, 16)
 } ternary;
 
-/* The embedding lies in tiles of 16 ids. With 32 bits, a cell is one channel of 16 ids; with 8 bits,
- * it is four channels of each, so that the bytes of an id make one 32-bit integer:
+/* The embedding lies in tiles of 16 ids, which the head reads from front to back. A cell holds one
+ * channel of the 16 ids with 32 bits, and four channels of each with 8 bits:
  *
- *     32 bits  | id 0: d0         | id 1: d0         | ... | id 15: d0         |  then channel d1 ...
- *      8 bits  | id 0: d0 d1 d2 d3 | id 1: d0 d1 d2 d3 | ... | id 15: d0 d1 d2 d3 |  then d4 to d7 ...
+ *     32 bits  | id 0: d0          | id 1: d0          | ... | id 15: d0          |  next cell: d1
+ *      8 bits  | id 0: d0 d1 d2 d3 | id 1: d0 d1 d2 d3 | ... | id 15: d0 d1 d2 d3 |  next: d4 to d7
+ *
+ * So a cell is 64 bytes either way, and four channels of an id make one 32-bit integer.
  */
 INLINE size_t embedding_index(int id, int d, int width, int channels_per_cell) {
     size_t cells = (size_t)(id / LANES) * (width / channels_per_cell) + d / channels_per_cell;
     return (cells * LANES + id % LANES) * channels_per_cell + d % channels_per_cell;
 }
 
+// Where the code of a row for a group of three inputs is.
 INLINE size_t code_index(const ternary *layer, int row, int group) {
     return ((size_t)(row / LANES) * layer->groups + group) * LANES + row % LANES;
 }
 
+// One block: x += mixer(norm(x)), then x += GLU(norm(x)).
 typedef struct {
     int attends;                // whether its mixer is attention, or else a gated convolution
     const float *mixer_norm;    // (D)
@@ -172,6 +181,7 @@ typedef struct {
 
 typedef struct kernels kernels;
 
+// A file that is open. Nothing of it changes after bolt_open(), so threads can share it.
 typedef struct {
     char why[200];              // why it cannot be used, if so
     const uint8_t *file;        // mapped into memory
@@ -192,6 +202,7 @@ typedef struct {
     const kernels *run;         // for this processor
 } bolt_model;
 
+// B texts that are being read or written. Each thread has its own.
 typedef struct {
     const bolt_model *model;
     int texts;                  // B: 1 or 16
@@ -217,57 +228,50 @@ typedef struct {
     const volatile int *stop;   // writing stops when another thread sets it to 1; may be NULL
 } bolt_settings;
 
+// An id that sampling may choose.
 typedef struct {
     float weight;               // probability, not yet divided by the sum of all
     int id;
 } candidate;
 
-// What the model thought of an id, in nats.
+// What choosing an id needs, and what it finds out.
 typedef struct {
-    float surprise;             // -ln p of the id
-    float entropy;              // mean of -ln p over all ids
-} information;
+    const bolt_model *model;
+    const bolt_settings *how;
+    float *weights;             // (row) room for a weight per id
+    candidate *found;           // (row + 1)
+    float surprise;             // of the id that was chosen: -ln p, before temperature and cuts
+    float entropy;              // the mean of -ln p over all ids, likewise
+} sampler;
 
-static size_t round_up(size_t number, size_t step) {
-    return (number + step - 1) / step * step;
-}
+static size_t round_up(size_t number, size_t step) { return (number + step - 1) / step * step; }
 
-static int max_int(int a, int b) {
-    return a > b ? a : b;
-}
+static int max_int(int a, int b) { return a > b ? a : b; }
 
-static int min_int(int a, int b) {
-    return a < b ? a : b;
-}
+static int min_int(int a, int b) { return a < b ? a : b; }
 
 /* ---- arithmetic, without a mathematical library -------------------------------------------- */
 
-INLINE vec splat(float x) {
-    return x + (vec){0};
-}
-
+// Loads and stores need no alignment; memcpy says so, and costs nothing.
 INLINE vec load(const float *p) {
     vec v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
-INLINE void store(float *p, vec v) {
-    memcpy(p, &v, sizeof v);
-}
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
+INLINE vec splat(float x) { return x + (vec){0}; }
+
+// A comparison of vectors gives -1 where it holds and 0 elsewhere: a mask of bits.
 INLINE vec choose_lanes(ivec mask, vec yes, vec no) {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
 
-// A comparison with NaN is false, so NaN becomes `least`.
-INLINE vec at_least(vec x, float least) {
-    return choose_lanes(x > least, x, splat(least));
-}
+// NaN compares as false, so it becomes `least`.
+INLINE vec at_least(vec x, float least) { return choose_lanes(x > least, x, splat(least)); }
 
-INLINE vec at_most(vec x, float most) {
-    return choose_lanes(x < most, x, splat(most));
-}
+INLINE vec at_most(vec x, float most) { return choose_lanes(x < most, x, splat(most)); }
 
 INLINE float sum_lanes(vec v) {
     float total = 0;
@@ -279,16 +283,21 @@ INLINE float sum_lanes(vec v) {
 INLINE vec exponential(vec x) {
     x = at_most(at_least(x, -87.0f), 88.0f);
 
-    // Floats beyond 1.5 * 2^23 have no fractions, so adding that much rounds.
+    // Floats from 2^23 on have no fractions, so adding 1.5 * 2^23 rounds.
     vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+
+    // r = x - n ln 2, in two parts, as the first is exact.
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
 
+    // Cephes' polynomial for e^r with r up to ln 2 / 2.
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+
+    // An exponent of n, and no fraction, is 2^n.
     return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
 }
 
@@ -301,10 +310,16 @@ INLINE vec inverse_root(vec x) {
 
 // ln x of a positive, normal number: its exponent, and a series for its mantissa.
 static double logarithm(double x) {
-    union { double value; uint64_t bits; } u = {.value = x};
+    union {
+        double value;
+        uint64_t bits;
+    } u = {.value = x};
+
+    // x = m 2^exponent with m from 1 to below 2.
     int exponent = (int)(u.bits >> 52) - 1023;
     u.bits = (u.bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull;
 
+    // ln m = 2 (t + t^3 / 3 + t^5 / 5 + ...), where t is at most 1 / 3.
     double t = (u.value - 1) / (u.value + 1);
     double sum = 0;
     for (int k = 27; k > 0; k -= 2) sum = sum * t * t + 1.0 / k;
@@ -313,16 +328,25 @@ static double logarithm(double x) {
 
 /* ---- one token of B texts ------------------------------------------------------------------ */
 
-// What differs between processors. The bodies below are inlined once into each kernel's functions,
-// with B as a constant; see "kernels".
+/* The way of a token:
+ *
+ *     ids (B)           embed          x (D, B), the residual stream
+ *     in each block     mix            x += mixer(norm(x))
+ *                       feed_forward   x += GLU(norm(x))
+ *     in the end        head           logits (B, row) of norm(x)
+ *
+ * Each function of this section is inlined into a step() of every kind of processor, so it is
+ * compiled for that processor, with B as a constant. What depends on B alone costs nothing.
+ */
+
+// What each kind of processor has of its own; see "kernels" below.
 struct kernels {
     const char *name;
     void (*look_up)(const ternary *layer, const float *tables, float *y);
     void (*look_up_16)(const ternary *layer, int from, int count, const float *tables, float *y);
     void (*add_products)(ivec *sums, const int8_t *cell, int odd, int32_t pair);
     void (*step)(bolt_state *s, const uint16_t *ids, float *logits);
-    int (*choose)(const bolt_model *m, float *logits, const bolt_settings *how, uint64_t *seed,
-                  float *weights, candidate *found, information *about);
+    int (*choose)(sampler *s, float *logits, uint64_t *seed);
     float (*score)(const bolt_model *m, const float *logits, int id);
 };
 
@@ -344,55 +368,63 @@ INLINE vec times_text(vec v, const float *p, int n, const int B) {
  *     k       0   1   2      3   4      5          6      7          ...  13
  *     sum     0   a   b - a  b   b + a  c - b - a  c - b  c - b + a  ...  c + b + a
  *
- * Entry k of a table is the sum of k; entry 16 + k is that of -k, with the opposite sign.
+ * Entry k of a table is the sum of k; entry 16 + k is that of -k, with the opposite sign. The last
+ * group may lack inputs: every row has weights of 0 for these, so it does not matter what they are.
  */
 static const vec ONES = {0, 1, -1, 0, 1, -1, 0, 1, -1, 0, 1, -1, 0, 1};
 static const vec THREES = {0, 0, 1, 1, 1, -1, -1, -1, 0, 0, 0, 1, 1, 1};
 static const vec NINES = {0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-INLINE void make_table(const float *x, float *table) {
-    vec sums = ONES * x[0] + THREES * x[1] + NINES * x[2];
-    store(table, sums);
-    store(table + NEGATIVE, -sums);
-}
+// x: (3, B); table: (32, B). Multiplying by these digits is how a vector adds and subtracts lane by
+// lane; the weights of a model only choose entries.
+INLINE void make_table(const float *x, float *table, const int B) {
+    // The positive half of one text's table is a vector.
+    if (B == 1) {
+        vec sums = ONES * x[0] + THREES * x[1] + NINES * x[2];
+        store(table, sums);
+        store(table + NEGATIVE, -sums);
+        return;
+    }
 
-// The same for 16 texts.
-INLINE void make_table_16(const vec *x, vec *table) {
+    // Each entry of 16 texts' tables is one.
+    vec a = load(x);
+    vec b = load(x + LANES);
+    vec c = load(x + 2 * LANES);
     for (int k = 0; k < 14; k++) {
-        table[k] = x[0] * ONES[k] + x[1] * THREES[k] + x[2] * NINES[k];
-        table[NEGATIVE + k] = -table[k];
+        vec sum = a * ONES[k] + b * THREES[k] + c * NINES[k];
+        store(table + k * LANES, sum);
+        store(table + (NEGATIVE + k) * LANES, -sum);
     }
 }
 
-// s->output (rows, B) = layer (rows, cols) times s->input (cols, B).
+// s->output (rows, B) = layer (rows, cols) times s->input (cols, B). Most of the time goes here.
 INLINE void ternary_matmul(const ternary *layer, bolt_state *s, const kernels *k, const int B) {
     const int rows = layer->rows;
     const int groups = layer->groups;
     float *tables = s->tables;
     float *y = s->output;
 
-    if (B == 1) {
-        for (int g = 0; g < groups; g++) make_table(s->input + 3 * g, tables + g * TABLE);
-        k->look_up(layer, tables, y);
+    // All tables of one text fit the fastest cache. Those of 16 texts do not, so they take turns.
+    const int step = B == 1 ? groups : GROUPS_AT_ONCE;
+    for (int from = 0; from < groups; from += step) {
+        int count = min_int(step, groups - from);
+        const float *x = s->input + 3 * from * B;
+        for (int g = 0; g < count; g++) make_table(x + 3 * g * B, tables + g * TABLE * B, B);
+        if (B == 1) k->look_up(layer, tables, y);
+        else k->look_up_16(layer, from, count, tables, y);
     }
 
-    // The tables of 16 texts are too many for the fastest cache, so they take turns.
-    for (int from = 0; from < groups && B == LANES; from += GROUPS_AT_ONCE) {
-        int count = min_int(GROUPS_AT_ONCE, groups - from);
-        const vec *x = (const vec *)s->input + 3 * from;
-        for (int g = 0; g < count; g++) make_table_16(x + 3 * g, (vec *)tables + g * TABLE);
-        k->look_up_16(layer, from, count, tables, y);
-    }
-
+    // The scales restore the magnitude that the weights had before they became ternary.
     for (int i = 0; i < rows * B; i += LANES) {
         int half = i >= rows / 2 * B;
         store(y + i, load(y + i) * layer->scale[half]);
     }
 }
 
-// weight: (count), or NULL for none.
+// out = x / rms(x) * weight, of `count` channels; weight: one per channel, or NULL for none.
 INLINE void rms_norm(const float *x, const float *weight, int count, float eps, float *out,
                      const int B) {
+    // The lanes are channels of one text, whose squares are added up, or each of another text.
     vec squares = {0};
     for (int i = 0; i < count * B; i += LANES) squares += load(x + i) * load(x + i);
     if (B == 1) squares = splat(sum_lanes(squares));
@@ -420,16 +452,28 @@ INLINE void add_residual(float *x, const float *y, const float *scale, int count
     }
 }
 
+/* A block remembers, for each text:
+ *
+ *     past      (K - 1, channels)   inputs of the convolution: a ring
+ *     keys      (D, slots)          with attention: a ring as well, of the tokens in the window
+ *     values    (slots, D)
+ *
+ * Like everything else, they have B as their last dimension. Keys lie channel by channel, so a
+ * vector holds one channel of 16 slots; values lie slot by slot.
+ */
+
 // Causal depthwise convolution. value: (channels, B), of this token; past: (K - 1, channels, B), a
 // ring of those before it; taps: (K, channels), the newest last.
 INLINE void convolve(const float *taps, int kernel, int channels, long position, float *past,
                      const float *value, float *mixed, const int B) {
+    // The last tap is for the present.
     const int count = channels * B;
     const float *tap = taps + (size_t)(kernel - 1) * channels;
     for (int i = 0; i < count; i += LANES)
         store(mixed + i, times_channel(load(value + i), tap, i, B));
     if (kernel == 1) return;
 
+    // The tap before it is for the token before, and so on.
     const int ring = kernel - 1;
     for (int back = 1; back < kernel; back++) {
         const float *row = past + (size_t)((position + ring - back) % ring) * count;
@@ -447,6 +491,7 @@ INLINE void convolve(const float *taps, int kernel, int channels, long position,
 INLINE void measure_distance(const bolt_state *s, int now, const int B) {
     const int window = s->model->header.window;
     for (int slot = 0; slot < s->model->slots; slot++) {
+        // Slots are filled in turn, so those behind the present one are of the turn before.
         int back = now - slot;
         if (back < 0) back += window;
         if (slot >= window) back = OUT_OF_REACH;
@@ -468,10 +513,12 @@ INLINE vec weigh_slots(const bolt_state *s, const float *query, const float *key
     float *weights = s->attention;
     vec total = {0};
     for (int i = 0; i < used * B; i += LANES) {
+        // Query times key: 16 slots of one text, or one slot of 16.
         vec score = {0};
         for (int c = 0; c < d; c++)
             score += times_text(load(keys + (size_t)c * slots * B + i), query, c, B);
 
+        // A slot out of reach gets no weight at all.
         vec far = load(distance + i);
         vec weight = exponential(score * shrink - far * slope);
         weight = choose_lanes(far < OUT_OF_REACH, weight, (vec){0});
@@ -482,7 +529,7 @@ INLINE vec weigh_slots(const bolt_state *s, const float *query, const float *key
     return total;
 }
 
-// out (d, B) = mean of a head's values (used slots, D, B) by their weights, which add up to `total`.
+// out (d, B) = mean of a head's values (used slots, D, B) by their weights, whose sum is `total`.
 INLINE void average_values(const float *weights, const float *values, int d, int used, int stride,
                            vec total, float *out, const int B) {
     for (int i = 0; i < d * B; i += LANES) {
@@ -514,6 +561,8 @@ INLINE void attend(const bolt_state *s, float *qkv, float *keys, float *out, con
         for (int t = 0; t < B; t++)
             keys[((size_t)c * slots + now) * B + t] = qkv[(D + c) * B + t];
     memcpy(values + (size_t)now * D * B, qkv + 2 * D * B, sizeof(float) * D * B);
+
+    // Until the window is full, the slots behind the present one are empty.
     measure_distance(s, now, B);
     int used = window;
     if (s->position < window) used = (int)s->position + 1;
@@ -542,16 +591,18 @@ INLINE void mix(bolt_state *s, const block *b, const kernels *k, const int B) {
     rms_norm(x, b->mixer_norm, D, 1e-6f, input, B);
     ternary_matmul(&b->in, s, k, B);
     if (b->attends) {
-        // Query, key, value and gate.
+        // Query, key, value and gate: the first three pass the convolution, then attention.
         float *keys = past + (size_t)(kernel - 1) * 3 * D * B;
         convolve(b->taps, kernel, 3 * D, s->position, past, output, s->mixed, B);
         attend(s, s->mixed, keys, input, B);
         multiply_by_sigmoid(input, output + 3 * D * B, D * B, input);
     } else {
-        // Gate and value.
+        // Gate and value: the value passes the convolution.
         convolve(b->taps, kernel, D, s->position, past, output + D * B, input, B);
         multiply_by_sigmoid(input, output, D * B, input);
     }
+
+    // Back to the stream.
     ternary_matmul(&b->out, s, k, B);
     add_residual(x, output, b->layer_scale, D * B, B);
 }
@@ -565,12 +616,14 @@ INLINE void feed_forward(bolt_state *s, const block *b, const kernels *k, const 
     float *gate = s->output;
     float *up = gate + H * B;
 
+    // silu(gate) = gate * sigmoid(gate).
     rms_norm(x, b->glu_norm, D, 1e-6f, input, B);
     ternary_matmul(&b->gate_up, s, k, B);
     multiply_by_sigmoid(gate, gate, H * B, input);
     for (int i = 0; i < H * B; i += LANES) store(input + i, load(input + i) * load(up + i));
-    ternary_matmul(&b->down, s, k, B);
 
+    // Back to the stream.
+    ternary_matmul(&b->down, s, k, B);
     const float *scale = NULL;
     if (b->layer_scale) scale = b->layer_scale + D;
     add_residual(x, s->output, scale, D * B, B);
@@ -579,6 +632,8 @@ INLINE void feed_forward(bolt_state *s, const block *b, const kernels *k, const 
 // x (D, B) = the embedding of each text's id.
 INLINE void embed(const bolt_model *m, const uint16_t *ids, float *x, const int B) {
     const int D = m->header.width;
+
+    // One of the two forms is there.
     for (int t = 0; t < B; t++) {
         const int id = ids[t];
         for (int d = 0; d < D && m->embedding32; d++)
@@ -593,7 +648,8 @@ INLINE void head32(const bolt_model *m, const float *x, float *logits, const int
     const int D = m->header.width;
     const int row = m->row;
 
-    // Each addition waits for the one before it; one text has 8 sums instead, taken by turns.
+    // Each addition waits for the one before it. 16 texts have 16 sums to go on with meanwhile; one
+    // text gets 8, which take turns.
     const int turns = B == 1 ? 8 : 1;
     for (int v = 0; v < row; v += LANES) {
         const float *weights = m->embedding32 + embedding_index(v, 0, D, 1);
@@ -608,10 +664,15 @@ INLINE void head32(const bolt_model *m, const float *x, float *logits, const int
     }
 }
 
-// Round one text's inputs to integers from -limit to limit; returns what one of them is worth.
-// They are paired as add_products() needs them: channels 0 and 2, 1 and 3, 4 and 6, 5 and 7, ...
-// pairs: (D / 2, B, 2).
+/* Round one text's inputs to integers from -limit to limit; returns what an integer of 1 is worth.
+ *
+ * They become pairs (D / 2, B, 2), in the order in which add_products() takes the channels out of a
+ * cell of the embedding: the even ones, then the odd ones.
+ *
+ *     channels   0 2 | 1 3 | 4 6 | 5 7 | 8 10 | ...
+ */
 INLINE float quantize(const float *x, int width, float limit, int16_t *pairs, int t, const int B) {
+    // The largest input becomes the limit.
     float top = 1e-30f;
     for (int d = 0; d < width; d++) {
         float size = __builtin_fabsf(x[d * B + t]);
@@ -629,8 +690,8 @@ INLINE float quantize(const float *x, int width, float limit, int16_t *pairs, in
     return top / limit;
 }
 
-// logits (B, row) = embedding times x (D, B), with 8 bits. The inputs get 16 bits, or fewer if their
-// sums would not fit 32; the rest is exact.
+// logits (B, row) = embedding times x (D, B), with 8 bits. The inputs are rounded to 16 bits, or to
+// fewer where sums of D products would not fit 32; the rest is exact.
 INLINE void head8(const bolt_model *m, const float *x, float *logits, int16_t *pairs,
                   const kernels *kernels, const int B) {
     const int D = m->header.width;
@@ -640,20 +701,22 @@ INLINE void head8(const bolt_model *m, const float *x, float *logits, int16_t *p
     float unit[LANES];
     for (int t = 0; t < B; t++) unit[t] = quantize(x, D, limit, pairs, t, B);
 
+    // Sums take turns as in head32().
     const int turns = B == 1 ? 4 : 1;
     for (int v = 0; v < row; v += LANES) {
         const int8_t *cells = m->embedding8 + embedding_index(v, 0, D, 4);
         ivec sums[LANES] = {{0}};
-        for (int n = 0; n < D / 2; n += 4)
-            for (int k = 0; k < 4; k++) {
+        for (int n = 0; n < D / 2; n += turns)
+            for (int k = 0; k < turns; k++) {
                 const int8_t *cell = cells + (n / 2 + k / 2) * 4 * LANES;
                 for (int t = 0; t < B; t++) {
                     int32_t pair;
                     memcpy(&pair, pairs + 2 * ((n + k) * B + t), sizeof pair);
-                    kernels->add_products(&sums[k % turns + t], cell, k % 2, pair);
+                    kernels->add_products(&sums[k + t], cell, (n + k) % 2, pair);
                 }
             }
 
+        // Back to floats: the scale of each id times that of the inputs.
         for (int k = 1; k < turns; k++) sums[0] += sums[k];
         for (int t = 0; t < B; t++) {
             vec scale = load(m->scales + v) * unit[t];
@@ -662,7 +725,7 @@ INLINE void head8(const bolt_model *m, const float *x, float *logits, int16_t *p
     }
 }
 
-// Read one id of each text; logits: (B, row) of what follows, or NULL if nobody needs them.
+// Read one id of each text. logits: (B, row), of what follows, or NULL if nobody needs them.
 INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, const kernels *k,
                       const int B) {
     const bolt_model *m = s->model;
@@ -674,6 +737,7 @@ INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, const k
     s->position++;
     if (!logits) return;
 
+    // The head shares its weights with the embedding.
     rms_norm(s->x, m->norm, m->header.width, 1e-6f, s->input, B);
     if (m->embedding8) head8(m, s->input, logits, (int16_t *)s->output, k, B);
     else head32(m, s->input, logits, B);
@@ -684,10 +748,24 @@ INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, const k
             logits[(size_t)t * m->row + v] = -__builtin_inff();
 }
 
+INLINE void step_any(bolt_state *s, const uint16_t *ids, float *logits, const kernels *k) {
+    if (s->texts == 1) step_body(s, ids, logits, k, 1);
+    else step_body(s, ids, logits, k, LANES);
+}
+
 /* ---- sampling from a row of logits --------------------------------------------------------- */
 
+/* The probability of id n is e^(x_n - top) / S, where x are the logits, top is the largest of them
+ * and S is the sum of e^(x_n - top) over all ids. To draw, nobody has to divide by S: the
+ * numerators are weights, and a random point from 0 to their sum falls on one of them.
+ *
+ * A row of logits is long for a model as small as this. So the passes over it take 16 at a time,
+ * and only few candidates are looked at one by one.
+ */
+
+// The largest of `count` logits, a multiple of 16.
 INLINE float largest(const float *x, int count) {
-    // Several, as each comparison waits for the one before it.
+    // Four at a time, as each comparison waits for the one before it.
     vec tops[4] = {load(x), load(x), load(x), load(x)};
     for (int i = 0; i < count; i += 4 * LANES)
         for (int k = 0; k < 4; k++) {
@@ -718,8 +796,10 @@ INLINE float weigh_ids(const float *x, int count, float top, float temperature, 
 INLINE double log_sum(const float *x, int count, float top, float *entropy) {
     vec sum = {0};
     vec weighted = {0};
+
+    // An excluded id is infinitely far below; e^-87 is 0 for all that matters, and -87 is a number.
     for (int i = 0; i < count; i += LANES) {
-        vec below = at_least(load(x + i) - top, -87.0f);  // finite, also for ids that are excluded
+        vec below = at_least(load(x + i) - top, -87.0f);
         vec weight = exponential(below);
         sum += weight;
         weighted += weight * below;
@@ -732,12 +812,14 @@ INLINE double log_sum(const float *x, int count, float top, float *entropy) {
     return result;
 }
 
-INLINE float surprise(const bolt_model *m, const float *logits, float top, int id, float *entropy) {
-    return (float)(log_sum(logits, m->row, top, entropy) - (logits[id] - top));
+// -ln p of an id, in nats.
+INLINE float surprise_of(int id, const float *logits, int row, float top, float *entropy) {
+    return (float)(log_sum(logits, row, top, entropy) - (logits[id] - top));
 }
 
 // A random number from 0 to below 1: splitmix64.
 static double draw(uint64_t *seed) {
+    // The 53 highest bits become a double, which has as many.
     uint64_t z = *seed += 0x9E3779B97F4A7C15ull;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ z >> 27) * 0x94D049BB133111EBull;
@@ -757,10 +839,12 @@ static void swap(candidate *a, candidate *b) {
 }
 
 // Move to the front the fewest of the likeliest whose weights reach `enough`, or `number` of them;
-// returns how many. As quicksort does, but only where the border runs.
+// returns how many. This is quicksort that goes on only on the side where the border is, since
+// sorting all of them would take longer than the model does.
 static int keep_likeliest(candidate *all, int count, int number, float enough) {
-    int from = 0;  // those before it are kept
-    int to = count;  // those from it on are not
+    // Those before `from` are kept, those at `to` and behind are not; the rest is open.
+    int from = 0;
+    int to = count;
     float kept = 0;
     while (from < to && from < number && kept < enough) {
         // Those above the pivot come first.
@@ -777,7 +861,7 @@ static int keep_likeliest(candidate *all, int count, int number, float enough) {
             continue;
         }
 
-        // They are not enough: keep them all, and of those that equal the pivot what is needed.
+        // They are not enough: keep all, and as many of those that equal the pivot as it takes.
         from = greater;
         kept += above;
         int equal = from;
@@ -807,7 +891,8 @@ INLINE int collect(const float *weights, int vocabulary, float least, candidate 
     return count;
 }
 
-// Collect as many of the likeliest ids as top-k and top-p can need; returns how many.
+// Collect as many of the likeliest ids as top-k and top-p can need; returns how many. Mostly these
+// are the few with more than a thousandth of the largest weight.
 INLINE int collect_enough(const float *weights, int vocabulary, int top_k, float top_p, float total,
                           candidate *found) {
     if (top_k == vocabulary && top_p >= 1) return collect(weights, vocabulary, 1e-12f, found);
@@ -821,20 +906,23 @@ INLINE int collect_enough(const float *weights, int vocabulary, int top_k, float
 }
 
 // Draw an id from a row of logits whose largest is `top`: by temperature, then top-k, then top-p.
-INLINE int sample(const bolt_model *m, const float *logits, float top, const bolt_settings *how,
-                  uint64_t *seed, float *weights, candidate *found) {
+INLINE int sample(sampler *s, const float *logits, float top, uint64_t *seed) {
+    const bolt_model *m = s->model;
     const int V = m->header.vocabulary_size;
+    const float top_p = s->how->top_p;
     int top_k = V;
-    if (how->top_k > 0) top_k = min_int(how->top_k, V);
-    float total = weigh_ids(logits, m->row, top, how->temperature, weights);
-    int count = collect_enough(weights, V, top_k, how->top_p, total, found);
+    if (s->how->top_k > 0) top_k = min_int(s->how->top_k, V);
+    candidate *found = s->found;
 
+    float total = weigh_ids(logits, m->row, top, s->how->temperature, s->weights);
+    int count = collect_enough(s->weights, V, top_k, top_p, total, found);
     if (top_k < V) {
         count = keep_likeliest(found, count, top_k, 3e38f);
         total = total_weight(found, count);
     }
-    if (how->top_p < 1) {
-        float enough = how->top_p * total;
+    if (top_p < 1) {
+        // However small top-p is, one id is left.
+        float enough = top_p * total;
         if (!(enough > 0)) enough = 1e-30f;
         count = keep_likeliest(found, count, V, enough);
     }
@@ -856,34 +944,47 @@ INLINE int greedy(const bolt_model *m, const float *logits, float top) {
     return id;
 }
 
-// Choose the next id of a text. weights: room for a row; found: for one more than that.
-INLINE int choose_body(const bolt_model *m, float *logits, const bolt_settings *how, uint64_t *seed,
-                       float *weights, candidate *found, information *about) {
+// Choose the next id of a text. Surprise and entropy are those of the model itself, whatever the
+// settings are.
+INLINE int choose_body(sampler *s, float *logits, uint64_t *seed) {
     // These are never written.
     logits[PAD] = logits[UNK] = logits[BOS] = -__builtin_inff();
-    float top = largest(logits, m->row);
+
+    const int row = s->model->row;
+    float top = largest(logits, row);
     int id;
-    if (how->temperature < 1e-6f) id = greedy(m, logits, top);
-    else id = sample(m, logits, top, how, seed, weights, found);
-    about->surprise = surprise(m, logits, top, id, &about->entropy);
+    if (s->how->temperature < 1e-6f) id = greedy(s->model, logits, top);
+    else id = sample(s, logits, top, seed);
+    s->surprise = surprise_of(id, logits, row, top, &s->entropy);
     return id;
 }
 
 INLINE float score_body(const bolt_model *m, const float *logits, int id) {
-    return surprise(m, logits, largest(logits, m->row), id, NULL);
+    return surprise_of(id, logits, m->row, largest(logits, m->row), NULL);
 }
 
 /* ---- kernels: all of the above, for each kind of processor --------------------------------- */
 
+/* There are three kinds: "portable" runs anywhere, "avx2" and "avx512" run on x86-64. Each has
+ * three functions of its own for the innermost loops, and three that compile the bodies above for
+ * it: the target of a function is also that of everything inlined into it.
+ *
+ *     look_up         y (rows) = sums that the codes of one text find in its tables
+ *     look_up_16      the same for 16 texts: y (rows, 16)
+ *     add_products    the inner step of the head with 8 bits
+ */
+
+// The look-ups stay functions of their own, so that a profiler shows them.
 #define NOINLINE __attribute__((noinline))
 
-// Add `width` floats, which this processor adds with one instruction.
+// sum += x, of as many floats as a processor adds with one instruction.
 INLINE void add_floats(float *sum, const float *x, const int width) {
     if (width == 4) *(vec4 *)sum += *(const vec4 *)x;
     if (width == 8) *(vec8 *)sum += *(const vec8 *)x;
     if (width == 16) *(vec *)sum += *(const vec *)x;
 }
 
+// Copy as many.
 INLINE void copy_floats(float *to, const float *from, const int width) {
     if (width == 4) *(vec4 *)to = *(const vec4 *)from;
     if (width == 8) *(vec8 *)to = *(const vec8 *)from;
@@ -891,18 +992,23 @@ INLINE void copy_floats(float *to, const float *from, const int width) {
 }
 
 // For 16 texts: add to y (rows, 16) what `count` groups from `from` on look up, or start y with it.
-// tables: (count, 32, 16). So many sums are made at once as there are registers for.
-INLINE void look_up_16_body(const ternary *layer, int from, int count, const float *tables, float *y,
-                            const int rows, const int width) {
+// tables: (count, 32, 16).
+//
+// `rows` times `width` sums stay in registers while all groups are added to them, so a processor
+// with registers of 4 floats takes a fourth of the texts at a time.
+INLINE void look_up_16_body(const ternary *layer, int from, int count, const float *tables,
+                            float *y, const int rows, const int width) {
     static const float zeros[LANES] __attribute__((aligned(64)));
     for (int row = 0; row < layer->tiles * LANES; row += rows)
         for (int part = 0; part < LANES; part += width) {
+            // Go on with the sums of the groups before.
             float *out = y + row * LANES + part;
             float sums[LANES * LANES] __attribute__((aligned(64)));
             for (int r = 0; r < rows; r++)
                 copy_floats(sums + r * width, from ? out + r * LANES : zeros, width);
 
-            // Loading takes the time, so one load fetches eight codes.
+            // A row adds the entry that its code names. Loading takes the time here, so one load
+            // fetches eight codes.
             const uint8_t *code = layer->codes + code_index(layer, row, from);
             const float *table = tables + part;
             for (int g = 0; g < count; g++, code += LANES, table += TABLE * LANES)
@@ -917,7 +1023,7 @@ INLINE void look_up_16_body(const ternary *layer, int from, int count, const flo
         }
 }
 
-// Any processor: one text looks up one sum after another.
+// Any processor: one text looks up its sums one by one.
 NOINLINE static void look_up_portable(const ternary *layer, const float *tables, float *y) {
     const uint8_t *code = layer->codes;
     for (int tile = 0; tile < layer->tiles; tile++, y += LANES) {
@@ -934,9 +1040,9 @@ NOINLINE static void look_up_16_portable(const ternary *layer, int from, int cou
     look_up_16_body(layer, from, count, tables, y, 8, 4);
 }
 
-// Add to the sums of 16 ids: two of the four channels in a cell of the embedding, times a pair of
-// inputs. An id's channels are the bytes of an integer; the even ones are bytes 0 and 2, the odd
-// ones bytes 1 and 3. Shifts cut them out with their signs.
+// Add to the sums of 16 ids two of the four channels in a cell of the embedding, times a pair of
+// inputs: channels 0 and 2, or the odd ones, 1 and 3. Those of an id are the bytes of an integer,
+// and shifting left, then right, cuts one out with its sign.
 static inline void add_products_portable(ivec *sums, const int8_t *cell, int odd, int32_t pair) {
     ivec weights;
     memcpy(&weights, cell, sizeof weights);
@@ -945,16 +1051,15 @@ static inline void add_products_portable(ivec *sums, const int8_t *cell, int odd
     *sums += first * (int16_t)pair + second * (pair >> 16);
 }
 
+// Defined below, once its functions are.
 static const kernels portable;
 
 static void step_portable(bolt_state *s, const uint16_t *ids, float *logits) {
-    if (s->texts == 1) step_body(s, ids, logits, &portable, 1);
-    else step_body(s, ids, logits, &portable, LANES);
+    step_any(s, ids, logits, &portable);
 }
 
-static int choose_portable(const bolt_model *m, float *logits, const bolt_settings *how,
-                           uint64_t *seed, float *weights, candidate *found, information *about) {
-    return choose_body(m, logits, how, seed, weights, found, about);
+static int choose_portable(sampler *s, float *logits, uint64_t *seed) {
+    return choose_body(s, logits, seed);
 }
 
 static float score_portable(const bolt_model *m, const float *logits, int id) {
@@ -970,10 +1075,12 @@ static const kernels portable = {
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 
-// Eight codes at once, from the positive sums of a table, which fit two registers: bit 3 of a code
-// chooses the register, and bit 4 turns the sign.
+// Look up eight codes at once. The positive sums of a table fit two registers, `low` and `high`. In
+// a code, bits 0 to 2 choose the lane, bit 3 the register, and bit 4 turns the sign.
 AVX2 static inline __m256 find_8(__m256 low, __m256 high, const uint8_t *code) {
     __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)code));
+
+    // The instructions look at the highest bit of a lane only, so the bit is shifted there.
     __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
     __m256 found = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes),
                                     _mm256_permutevar8x32_ps(high, codes), is_high);
@@ -984,6 +1091,8 @@ AVX2 static inline __m256 find_8(__m256 low, __m256 high, const uint8_t *code) {
 AVX2 NOINLINE static void look_up_avx2(const ternary *layer, const float *tables, float *y) {
     const size_t next = (size_t)layer->groups * LANES;
     const float *end = tables + layer->groups * TABLE;
+
+    // Two tiles at a time: four registers of sums, which need not wait for each other.
     for (int tile = 0; tile < layer->tiles; tile += 2, y += 2 * LANES) {
         const uint8_t *code = layer->codes + tile * next;
         __m256 sums[4];
@@ -1006,6 +1115,8 @@ AVX2 NOINLINE static void look_up_16_avx2(const ternary *layer, int from, int co
     look_up_16_body(layer, from, count, tables, y, 8, 8);
 }
 
+// Half of a 32-bit integer holds an even and an odd byte. Shifts leave one of them, as 16 bits, and
+// one instruction multiplies both halves and adds the products.
 AVX2 static inline void add_products_avx2(ivec *sums, const int8_t *cell, int odd, int32_t pair) {
     for (int half = 0; half < 2; half++) {
         __m256i *sum = (__m256i *)sums + half;
@@ -1019,13 +1130,11 @@ AVX2 static inline void add_products_avx2(ivec *sums, const int8_t *cell, int od
 static const kernels avx2;
 
 AVX2 static void step_avx2(bolt_state *s, const uint16_t *ids, float *logits) {
-    if (s->texts == 1) step_body(s, ids, logits, &avx2, 1);
-    else step_body(s, ids, logits, &avx2, LANES);
+    step_any(s, ids, logits, &avx2);
 }
 
-AVX2 static int choose_avx2(const bolt_model *m, float *logits, const bolt_settings *how,
-                            uint64_t *seed, float *weights, candidate *found, information *about) {
-    return choose_body(m, logits, how, seed, weights, found, about);
+AVX2 static int choose_avx2(sampler *s, float *logits, uint64_t *seed) {
+    return choose_body(s, logits, seed);
 }
 
 AVX2 static float score_avx2(const bolt_model *m, const float *logits, int id) {
@@ -1033,7 +1142,8 @@ AVX2 static float score_avx2(const bolt_model *m, const float *logits, int id) {
 }
 
 static const kernels avx2 = {
-    "avx2", look_up_avx2, look_up_16_avx2, add_products_avx2, step_avx2, choose_avx2, score_avx2,
+    "avx2", look_up_avx2, look_up_16_avx2, add_products_avx2,
+    step_avx2, choose_avx2, score_avx2,
 };
 
 // A whole table fits two registers, and one instruction looks up 16 codes. Four tiles at a time
@@ -1075,14 +1185,11 @@ AVX512 static inline void add_products_avx512(ivec *sums, const int8_t *cell, in
 static const kernels avx512;
 
 AVX512 static void step_avx512(bolt_state *s, const uint16_t *ids, float *logits) {
-    if (s->texts == 1) step_body(s, ids, logits, &avx512, 1);
-    else step_body(s, ids, logits, &avx512, LANES);
+    step_any(s, ids, logits, &avx512);
 }
 
-AVX512 static int choose_avx512(const bolt_model *m, float *logits, const bolt_settings *how,
-                                uint64_t *seed, float *weights, candidate *found,
-                                information *about) {
-    return choose_body(m, logits, how, seed, weights, found, about);
+AVX512 static int choose_avx512(sampler *s, float *logits, uint64_t *seed) {
+    return choose_body(s, logits, seed);
 }
 
 AVX512 static float score_avx512(const bolt_model *m, const float *logits, int id) {
@@ -1115,7 +1222,15 @@ static const kernels *choose_kernels(void) {
     return &portable;
 }
 
-/* ---- opening a file: everything is checked before it is used ------------------------------- */
+/* ---- opening a file ------------------------------------------------------------------------ */
+
+/* A file may be damaged, or made to do harm, so everything is checked before it is used: the header
+ * before its sizes, the sizes before the sections are looked for, length and checksum before a
+ * section is read, and its content before a model runs.
+ *
+ * Norms, taps, embedding and merges are used where they lie in the file. Only the ternary weights
+ * are unpacked, and the tokenizer gets its tables.
+ */
 
 // Control characters, perhaps of a file's name, become spaces.
 static void one_line(char *text) {
@@ -1134,6 +1249,7 @@ static int fail(bolt_model *m, const char *format, ...) {
 
 // CRC-32, as zlib has it.
 static uint32_t checksum(const uint8_t *data, size_t size) {
+    // What each byte does to the bits behind it.
     uint32_t table[256];
     for (uint32_t n = 0; n < 256; n++) {
         uint32_t c = n;
@@ -1141,11 +1257,13 @@ static uint32_t checksum(const uint8_t *data, size_t size) {
         table[n] = c;
     }
 
+    // From the first byte to the last.
     uint32_t c = ~0u;
     for (size_t n = 0; n < size; n++) c = table[(c ^ data[n]) & 255] ^ c >> 8;
     return ~c;
 }
 
+// NaN and infinity are the only floats whose difference from themselves is not 0.
 static int all_finite(const float *x, size_t count) {
     for (size_t n = 0; n < count; n++)
         if (!(x[n] - x[n] == 0)) return 0;
@@ -1158,11 +1276,13 @@ static int map_file(bolt_model *m, const char *path) {
     struct stat status;
     if (file < 0) return fail(m, "%s", strerror(errno));
 
+    // Then only a file that is long enough is looked into.
     if (fstat(file, &status)) {
         fail(m, "%s", strerror(errno));
     } else if (!S_ISREG(status.st_mode) || status.st_size < (off_t)sizeof(header)) {
         fail(m, "it is not a packed model");
     } else {
+        // Pages are read when they are first looked at.
         m->size = (size_t)status.st_size;
         void *mapped = mmap(NULL, m->size, PROT_READ, MAP_PRIVATE, file, 0);
         if (mapped == MAP_FAILED) fail(m, "%s", strerror(errno));
@@ -1176,6 +1296,7 @@ static int within(int32_t number, int32_t least, int32_t most) {
     return least <= number && number <= most;
 }
 
+// With sizes in these limits, none of the sums and products of them below overflows.
 static int sizes_within_limits(const header *h) {
     return within(h->width, 1, MAX_WIDTH) &&
            within(h->blocks, 1, MAX_BLOCKS) &&
@@ -1190,7 +1311,10 @@ static int sizes_within_limits(const header *h) {
 }
 
 static int makes_sense(const header *h) {
+    // The rest divides by these sizes.
     if (!sizes_within_limits(h)) return 0;
+
+    // Channels come 16 at a time, also those of a head.
     int known_bits = h->embedding_bits == 8 || h->embedding_bits == 32;
     int whole_vectors = h->width % LANES == 0 && h->hidden % LANES == 0;
     int known_blocks = h->blocks == MAX_BLOCKS || h->attention >> h->blocks == 0;
@@ -1201,6 +1325,7 @@ static int makes_sense(const header *h) {
 }
 
 static int read_header(bolt_model *m) {
+    // First whether it is one of ours, then whether it is whole, then what it says.
     header *h = &m->header;
     memcpy(h, m->file, sizeof *h);
     if (memcmp(h->magic, "FLASHLM", 8)) return fail(m, "it is not a packed model");
@@ -1212,6 +1337,8 @@ static int read_header(bolt_model *m) {
     if (checksum(m->file + checked_from, sizeof *h - checked_from) != h->header_checksum)
         return fail(m, "its header is damaged");
     if (!makes_sense(h)) return fail(m, "its header makes no sense");
+
+    // Rows and slots are taken 16 at a time.
     m->row = (int)round_up((size_t)h->vocabulary_size, LANES);
     m->slots = (int)round_up((size_t)h->window, LANES);
     return 1;
@@ -1225,8 +1352,10 @@ static const void *take(bolt_model *m, uint64_t bytes) {
     return m->file + start;
 }
 
+// Channels that pass a block's convolution: the value, or query, key and value.
 static uint64_t channels(const bolt_model *m, const block *b) {
-    return (uint64_t)m->header.width * (b->attends ? 3 : 1);
+    uint64_t D = m->header.width;
+    return b->attends ? 3 * D : D;
 }
 
 static void find_block(bolt_model *m, block *b) {
@@ -1239,6 +1368,7 @@ static void find_block(bolt_model *m, block *b) {
     b->taps = take(m, sizeof(float) * m->header.kernel_size * channels(m, b));
     b->scales = take(m, sizeof(float) * 5);
 
+    // Five ternary weights fit a byte, since 3^5 is 243.
     const uint64_t weights[5] = {projected * D, D * D, H * D, H * D, D * H};
     for (int n = 0; n < 5; n++) b->packed[n] = take(m, (weights[n] + 4) / 5);
 }
@@ -1253,6 +1383,7 @@ static int find_sections(bolt_model *m) {
     m->blocks = calloc(h->blocks, sizeof(block));
     if (!m->blocks) return fail(m, "there is not enough memory");
 
+    // In the order of packed.py.
     take(m, sizeof *h);
     for (int n = 0; n < h->blocks; n++) {
         m->blocks[n].attends = h->attention >> n & 1;
@@ -1268,6 +1399,7 @@ static int find_sections(bolt_model *m) {
     m->tokenizer.kept = take(m, sizeof(uint16_t) * (V - SPECIALS));
     m->encoding = take(m, h->encoding_bytes);
 
+    // Only a file of exactly this length is read on.
     if (m->size != h->file_bytes || m->size != m->taken || m->size > MAX_FILE_BYTES)
         return fail(m, "it is truncated, or longer than it should be");
     if (checksum(m->file + sizeof *h, m->size - sizeof *h) != h->content_checksum)
@@ -1275,13 +1407,14 @@ static int find_sections(bolt_model *m) {
     return 1;
 }
 
-static int allocate_layer(ternary *layer, uint64_t rows, uint64_t cols, float upper, float lower) {
-    layer->rows = (int)rows;
-    layer->cols = (int)cols;
-    layer->groups = (int)(cols + 2) / 3;
-    layer->tiles = (int)round_up(rows, TILES * LANES) / LANES;
-    layer->scale[0] = upper;
-    layer->scale[1] = lower;
+// A layer whose weights are all 0; `first` and `second` scale the halves of its rows.
+static int allocate_layer(ternary *layer, int rows, int cols, float first, float second) {
+    layer->rows = rows;
+    layer->cols = cols;
+    layer->groups = (cols + 2) / 3;
+    layer->tiles = (int)round_up((size_t)rows, TILES * LANES) / LANES;
+    layer->scale[0] = first;
+    layer->scale[1] = second;
     layer->codes = calloc((size_t)layer->tiles * layer->groups, LANES);
     return layer->codes != NULL;
 }
@@ -1293,6 +1426,7 @@ static int unpack(ternary *layer, const uint8_t *packed, int from, int rows) {
     size_t n = 0;
     for (int row = from; row < from + rows; row++)
         for (int group = 0; group < layer->groups; group++) {
+            // The same digits as those of the table, see make_table(). Missing inputs count 0.
             int k = 0;
             int inputs = min_int(3, layer->cols - 3 * group);
             for (int input = 0; input < inputs; input++, n++) {
@@ -1300,12 +1434,15 @@ static int unpack(ternary *layer, const uint8_t *packed, int from, int rows) {
                 int weight = packed[n / 5] / places[n % 5] % 3 - 1;
                 k += weight * places[input];
             }
+
+            // Below zero comes the other half of the table.
             if (k < 0) k = NEGATIVE - k;
             layer->codes[code_index(layer, row, group)] = (uint8_t)k;
         }
     return 1;
 }
 
+// All floats of a block, which a damaged file could fill with anything.
 static int finite_block(const bolt_model *m, const block *b) {
     const size_t D = m->header.width;
     return all_finite(b->mixer_norm, D) &&
@@ -1319,11 +1456,13 @@ static int open_blocks(bolt_model *m) {
     const int D = m->header.width;
     const int H = m->header.hidden;
     for (int n = 0; n < m->header.blocks; n++) {
+        // The mixer projects to its channels and a gate.
         block *b = &m->blocks[n];
         const int projected = (int)channels(m, b) + D;
         const float *scales = b->scales;
         if (!finite_block(m, b)) return fail(m, "block %d is not finite", n);
 
+        // Gate and up read the same inputs, so they become one layer with two scales.
         if (!allocate_layer(&b->in, projected, D, scales[0], scales[0]) ||
             !allocate_layer(&b->out, D, D, scales[1], scales[1]) ||
             !allocate_layer(&b->gate_up, 2 * H, D, scales[2], scales[3]) ||
@@ -1358,6 +1497,7 @@ static int open_embedding(bolt_model *m) {
         memcpy(m->scales + id, &bits, sizeof bits);
     }
 
+    // NaN and infinity would spread to everything.
     int finite = all_finite(m->norm, D) && all_finite(m->scales, V);
     if (m->embedding32) finite = finite && all_finite(m->embedding32, D * m->row);
     if (!finite) return fail(m, "its embedding is not finite");
@@ -1438,15 +1578,18 @@ static int open_kept(tokenizer *words, int vocabulary) {
     return 1;
 }
 
-// Ranges come as pairs: how many code points to skip, and how many belong to the range.
+// Letters, digits, white space: each a count of ranges, and for each range a pair of numbers: how
+// many code points to skip, and how many belong to it.
 static int open_ranges(tokenizer *words, const uint8_t *at, const uint8_t *end) {
     for (int kind = 0; kind < LISTED_KINDS; kind++) {
+        // No list may reach beyond the section.
         uint16_t count;
         if (end - at < 2) return 0;
         memcpy(&count, at, sizeof count);
         at += 2;
         if (end - at < 4 * count) return 0;
 
+        // From differences to first and last code points.
         uint32_t *ranges = malloc(2 * sizeof(uint32_t) * (count + 1u));
         if (!ranges) return 0;
         words->ranges[kind] = ranges;
@@ -1475,6 +1618,7 @@ static int open_tokenizer(bolt_model *m) {
     if (!words->pairs || !words->length || !words->ours || !words->next)
         return fail(m, "there is not enough memory");
 
+    // Each part relies on those before it.
     const uint8_t *end = m->encoding + m->header.encoding_bytes;
     if (!open_bytes(words, m->encoding) ||
         !open_merges(words) ||
@@ -1484,6 +1628,7 @@ static int open_tokenizer(bolt_model *m) {
     return 1;
 }
 
+// A model that was opened only in part can be closed, too.
 void bolt_close(bolt_model *m) {
     if (!m) return;
     for (int n = 0; m->blocks && n < m->header.blocks; n++) {
@@ -1503,7 +1648,8 @@ void bolt_close(bolt_model *m) {
     free(m);
 }
 
-// A model, or NULL and one line in `error`. The file must not change until the model is closed.
+// Open a file: a model, or NULL and one line in `error`. The file must not change until the model
+// is closed, since it is not copied.
 bolt_model *bolt_open(const char *path, char *error, size_t room) {
     const char *why = "there is not enough memory";
     bolt_model *m = calloc(1, sizeof *m);
@@ -1520,19 +1666,14 @@ bolt_model *bolt_open(const char *path, char *error, size_t room) {
     return NULL;
 }
 
-int bolt_vocabulary(const bolt_model *m) {
-    return m->header.vocabulary_size;
-}
+int bolt_vocabulary(const bolt_model *m) { return m->header.vocabulary_size; }
 
 // Floats from one text's logits to the next one's.
-int bolt_row(const bolt_model *m) {
-    return m->row;
-}
+int bolt_row(const bolt_model *m) { return m->row; }
 
-const char *bolt_kernels(const bolt_model *m) {
-    return m->run->name;
-}
+const char *bolt_kernels(const bolt_model *m) { return m->run->name; }
 
+// Zeros that start where a cache line does.
 static float *new_floats(size_t count) {
     size_t bytes = round_up(sizeof(float) * count, ALIGNMENT);
     float *floats = aligned_alloc(ALIGNMENT, bytes);
@@ -1553,30 +1694,32 @@ void bolt_end(bolt_state *s) {
     free(s);
 }
 
-// What B texts, 1 or 16, need while they are read or written; NULL without memory.
+// Start 1 text, or 16 side by side; NULL without memory. All of them have read nothing.
 bolt_state *bolt_start(const bolt_model *m, int texts) {
     if (texts != 1 && texts != LANES) return NULL;
     bolt_state *s = calloc(1, sizeof *s);
     if (!s) return NULL;
     const size_t B = texts;
     const size_t D = m->header.width;
-    const size_t widest = max_int(m->header.width, m->header.hidden);
+    const size_t inputs = max_int(m->header.width, m->header.hidden);
     const size_t outputs = max_int(4 * m->header.width, 2 * m->header.hidden);
-    const size_t groups = B == 1 ? (widest + 2) / 3 : GROUPS_AT_ONCE * LANES;
+    const size_t groups = (inputs + 2) / 3;
+    const size_t tables = B == 1 ? groups : GROUPS_AT_ONCE;
 
+    // A layer reads whole groups of three inputs, and writes whole tiles of outputs.
     s->model = m;
     s->texts = texts;
     s->memory = calloc(m->state_floats * B + 1, sizeof(float));
     s->x = new_floats(D * B);
-    s->input = new_floats(round_up(widest, 3) * B);  // whole groups
-    s->output = new_floats(round_up(outputs, TILES * LANES) * B);  // whole tiles
+    s->input = new_floats(3 * groups * B);
+    s->output = new_floats(round_up(outputs, TILES * LANES) * B);
     s->mixed = new_floats(3 * D * B);
     s->attention = new_floats(m->slots * B);
     s->distance = new_floats(m->slots * B);
-    s->tables = new_floats(groups * TABLE);
-    if (s->memory && s->x && s->input && s->output && s->mixed && s->attention && s->distance &&
-        s->tables)
-        return s;
+    s->tables = new_floats(tables * TABLE * B);
+    int good = s->memory && s->x && s->input && s->output && s->mixed;
+    good = good && s->attention && s->distance && s->tables;
+    if (good) return s;
     bolt_end(s);
     return NULL;
 }
@@ -1592,7 +1735,16 @@ void bolt_step(bolt_state *s, const uint16_t *ids, float *logits) {
     s->model->run->step(s, ids, logits);
 }
 
-/* ---- text to ids: GPT-2's byte-pair encoding, then the cut (vocab.py) ----------------------- */
+/* ---- text to ids --------------------------------------------------------------------------- */
+
+/* As vocab.py does it, in three steps:
+ *
+ *     pieces    "Tom can't jump"      "Tom", " can", "'t", " jump"
+ *     merges    the bytes of each piece, pair by pair, to ids of GPT-2
+ *     cut       each of those as ours, or as several of ours if it was not kept
+ *
+ * Every text can be written, because every single byte is kept.
+ */
 
 // Bytes of the character that starts with `first`, or 0 if none does.
 static int utf8_length(uint8_t first) {
@@ -1609,6 +1761,7 @@ static int decode_utf8(const uint8_t *text, size_t size, uint32_t *code) {
     int length = utf8_length(text[0]);
     if (!length || (size_t)length > size) return 0;
 
+    // The first byte holds the highest bits, each other one six more.
     *code = text[0];
     if (length > 1) *code &= 0x7Fu >> length;
     for (int n = 1; n < length; n++) {
@@ -1616,12 +1769,14 @@ static int decode_utf8(const uint8_t *text, size_t size, uint32_t *code) {
         *code = *code << 6 | (text[n] & 0x3F);
     }
 
+    // What could be written shorter is not UTF-8, nor is half a character of UTF-16.
     int too_long = *code < least[length];
     int surrogate = *code >= 0xD800 && *code < 0xE000;
     if (too_long || surrogate || *code > 0x10FFFF) return 0;
     return length;
 }
 
+// Letter, digit, white space or other.
 static int kind_of(const tokenizer *words, uint32_t code) {
     for (int kind = 0; kind < LISTED_KINDS; kind++) {
         // Find the first range that does not end before the character.
@@ -1660,6 +1815,7 @@ static size_t piece_end(const tokenizer *words, const uint8_t *text, size_t at, 
         if (size - at >= length && !memcmp(text + at, contractions[n], length)) return at + length;
     }
 
+    // A space goes with what follows it.
     size_t start = at;
     if (text[at] == ' ' && at + 1 < size) start++;
     size_t last = at;
@@ -1676,6 +1832,7 @@ static size_t piece_end(const tokenizer *words, const uint8_t *text, size_t at, 
 
 // The id that a pair of ids merges to, or UINT32_MAX.
 static uint32_t find_merge(const tokenizer *words, uint32_t left, uint32_t right) {
+    // The pairs are sorted, and each holds its number in its lowest 16 bits.
     uint64_t key = (uint64_t)left << 32 | right << 16;
     size_t low = 0;
     size_t high = MERGES;
@@ -1698,9 +1855,11 @@ static uint32_t merge_at(const tokenizer *words, const uint32_t *ids, size_t n, 
 // ids; made: (count), what each merges to with the one behind it. Returns how many ids are left.
 static size_t merge_piece(const tokenizer *words, const uint8_t *piece, size_t count, uint32_t *ids,
                           uint32_t *made) {
+    // Start from single bytes.
     for (size_t n = 0; n < count; n++) ids[n] = words->id_of[piece[n]];
     for (size_t n = 0; n < count; n++) made[n] = merge_at(words, ids, n, count);
     for (;;) {
+        // Ids of GPT-2 are numbered in the order in which their merges were learned.
         uint32_t earliest = UINT32_MAX;
         for (size_t n = 0; n < count; n++)
             if (made[n] < earliest) earliest = made[n];
@@ -1732,6 +1891,8 @@ static size_t cut(const tokenizer *words, uint32_t id, uint16_t *out) {
         out[0] = words->ours[id];
         return 1;
     }
+
+    // Every byte is kept, so each round finds a piece.
     uint8_t text[MAX_TOKEN_BYTES];
     uint8_t piece[MAX_TOKEN_BYTES];
     int size = token_bytes(words, id, text);
@@ -1755,6 +1916,7 @@ static size_t cut(const tokenizer *words, uint32_t id, uint16_t *out) {
 // UTF-8 to ids, at most one per byte. Returns how many, -1 if the text is not UTF-8, -2 if there is
 // not enough memory.
 long bolt_encode(const bolt_model *m, const uint8_t *text, size_t size, uint16_t *ids) {
+    // What follows relies on whole characters.
     const tokenizer *words = &m->tokenizer;
     for (size_t at = 0; at < size;) {
         uint32_t code;
@@ -1763,6 +1925,7 @@ long bolt_encode(const bolt_model *m, const uint8_t *text, size_t size, uint16_t
         at += (size_t)length;
     }
 
+    // Room for the ids of the longest piece, and for what they merge to.
     uint32_t *merged = malloc(2 * sizeof(uint32_t) * (size + 1));
     if (!merged) return -2;
     long count = 0;
@@ -1798,17 +1961,27 @@ int bolt_score(bolt_state *s, const uint16_t *ids, long length, float *nats) {
     return 0;
 }
 
-// Told of each id of each story as it is written, EOS too; returns something other than 0 to end
-// the story.
+// Told of each id of each story as it is written, EOS too. Anything but 0 ends the story.
 typedef int bolt_listener(void *context, int story, int id);
 
 // One of the B texts side by side.
 typedef struct {
-    int story;               // the number of the story it writes, or -1
+    int story;               // number of the story it writes, or -1
     const uint16_t *prompt;  // what it still has to read of its prompt
     long unread;             // ids of that
     uint64_t seed;
 } place;
+
+// Read the next id of a place's prompt into `next`, which otherwise holds the id it wrote last.
+// Returns whether the place writes after it.
+static int read_prompt(place *p, uint16_t *next) {
+    if (p->story < 0) return 0;
+    if (p->unread) {
+        *next = *p->prompt++;
+        p->unread--;
+    }
+    return !p->unread;
+}
 
 // Write on after `stories` prompts, each up to EOS or the most tokens, B at once; a place that is
 // done takes the next story. Story n draws with seed + n, whatever is written beside it.
@@ -1828,6 +2001,7 @@ int bolt_generate(bolt_state *s, int stories, const uint16_t *prompts, const lon
     float *logits = malloc(sizeof(float) * m->row * B);
     float *weights = malloc(sizeof(float) * m->row);
     candidate *found = malloc(sizeof(candidate) * (m->row + 1));
+    sampler sampler = {.model = m, .how = how, .weights = weights, .found = found};
     int good = logits && weights && found;
 
     place places[LANES];
@@ -1836,44 +2010,42 @@ int bolt_generate(bolt_state *s, int stories, const uint16_t *prompts, const lon
     int ended = 0;
     for (int t = 0; t < B; t++) places[t].story = -1;
     while (good && ended < stories && !(how->stop && *how->stop)) {
-        // Say what each place reads: the next id of its prompt, or the one it wrote last.
+        // Each place that is free begins the next story, as long as there are any.
+        for (int t = 0; t < B && begun < stories; t++) {
+            if (places[t].story >= 0) continue;
+            bolt_restart(s, t);
+            places[t] = (place){begun, prompts, lengths[begun], how->seed + begun};
+            prompts += lengths[begun];
+            counts[begun++] = 0;
+        }
+
+        // All places read one id. While all are in their prompts, nobody needs logits.
+        int writes[LANES];
         int wanted = 0;
         for (int t = 0; t < B; t++) {
-            place *p = &places[t];
-            if (p->story < 0 && begun < stories) {
-                bolt_restart(s, t);
-                *p = (place){begun, prompts, lengths[begun], how->seed + begun};
-                prompts += lengths[begun];
-                counts[begun++] = 0;
-            }
-            if (p->story < 0) continue;
-            if (p->unread) {
-                next[t] = *p->prompt++;
-                p->unread--;
-            }
-            wanted |= !p->unread;
+            writes[t] = read_prompt(&places[t], &next[t]);
+            wanted |= writes[t];
         }
         bolt_step(s, next, wanted ? logits : NULL);
 
-        // Those that have read their prompts write an id.
+        // Those that have read their prompts write one.
         for (int t = 0; t < B; t++) {
-            place *p = &places[t];
-            const int n = p->story;
-            if (n < 0 || p->unread) continue;
-            information about;
-            int id = m->run->choose(m, logits + (size_t)t * m->row, how, &p->seed, weights, found,
-                                    &about);
+            if (!writes[t]) continue;
+            const int n = places[t].story;
+            int id = m->run->choose(&sampler, logits + (size_t)t * m->row, &places[t].seed);
             finished[n] = id == EOS;
             if (!finished[n]) {
                 size_t at = (size_t)n * how->tokens + counts[n]++;
-                ids[at] = next[t] = (uint16_t)id;
-                surprise[at] = about.surprise * bits_per_nat;
-                entropy[at] = about.entropy * bits_per_nat;
+                next[t] = (uint16_t)id;
+                ids[at] = (uint16_t)id;
+                surprise[at] = sampler.surprise * bits_per_nat;
+                entropy[at] = sampler.entropy * bits_per_nat;
             }
 
+            // The place is free when its story has ended.
             int unwanted = listener && listener(context, n, id);
             if (finished[n] || unwanted || counts[n] == how->tokens) {
-                p->story = -1;
+                places[t].story = -1;
                 ended++;
             }
         }
@@ -1886,7 +2058,10 @@ int bolt_generate(bolt_state *s, int stories, const uint16_t *prompts, const lon
 
 /* ---- the program --------------------------------------------------------------------------- */
 
+// bolt.py loads what is above as a library.
 #ifndef BOLT_LIBRARY
+
+// A bolt_listener: a story ends when nobody can read it.
 static int print_token(void *model, int story, int id) {
     uint8_t text[MAX_TOKEN_BYTES];
     int length = bolt_token(model, id, text);
@@ -1895,13 +2070,14 @@ static int print_token(void *model, int story, int id) {
     return fflush(stdout) != 0;
 }
 
+// Say how the program is used. Returns its status.
 static int usage(const char *complaint, const char *about) {
     char line[300];
     snprintf(line, sizeof line, "%s%.100s", complaint, about);
     one_line(line);
     fprintf(stderr,
-            "error: %s (usage: bolt MODEL PROMPT [-n TOKENS] [-t TEMPERATURE] [-k TOP_K] [-p TOP_P] "
-            "[-s SEED])\n",
+            "error: %s (usage: bolt MODEL PROMPT [-n TOKENS] [-t TEMPERATURE] [-k TOP_K] "
+            "[-p TOP_P] [-s SEED])\n",
             line);
     return 2;
 }
@@ -1924,6 +2100,7 @@ static int set(bolt_settings *how, const char *flag, const char *text) {
 
 // Print a prompt and what the model writes after it. Returns NULL, or what went wrong.
 static const char *tell(bolt_model *m, const char *prompt, const bolt_settings *how) {
+    // Room for an id per byte of the prompt, and for all that may be written.
     const size_t size = strlen(prompt);
     bolt_state *s = bolt_start(m, 1);
     uint16_t *read = malloc(sizeof(uint16_t) * (size + 1));
@@ -1934,6 +2111,7 @@ static const char *tell(bolt_model *m, const char *prompt, const bolt_settings *
     int finished;
     const char *problem = "there is not enough memory";
 
+    // BOS comes before the first word of every text.
     if (s && read && written && bits) {
         read[0] = BOS;
         length = 1 + bolt_encode(m, (const uint8_t *)prompt, size, read + 1);
@@ -1954,6 +2132,7 @@ static const char *tell(bolt_model *m, const char *prompt, const bolt_settings *
 }
 
 int main(int count, char **words) {
+    // The same defaults as in Python.
     bolt_settings how = {.tokens = 200, .temperature = 0.8f, .top_p = 0.95f};
     if (count < 3) return usage("give a model and a prompt", "");
     for (int n = 3; n < count; n += 2)
@@ -1961,6 +2140,7 @@ int main(int count, char **words) {
             return usage("cannot be used: ", words[n]);
     if (!*words[2]) return usage("the prompt is empty", "");
 
+    // An error has room for the longest path.
     char error[5000];
     const char *problem = error;
     bolt_model *m = bolt_open(words[1], error, sizeof error);

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -57,6 +58,7 @@ _LISTENER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes
 class _Settings(ctypes.Structure):
     """bolt_settings, field by field."""
 
+    # A stop that becomes 1 while C writes ends all writing.
     _fields_ = [
         ("tokens", ctypes.c_int),
         ("temperature", ctypes.c_float),
@@ -86,6 +88,7 @@ def library() -> ctypes.CDLL:
             path = Path(_temporary_folder().name) / path.name
         _build(path)
 
+    # A library that was built on another machine may not load here.
     try:
         bolt = ctypes.CDLL(str(path))
     except OSError as error:
@@ -128,14 +131,13 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
 
 def _build(path: Path) -> None:
     """Compile bolt.c to `path`, atomically."""
-    names = [os.environ.get("CC"), *COMPILERS]
-    found = [shutil.which(name) for name in names if name]
-    compilers = [compiler for compiler in found if compiler]
-    if not compilers:
+    # The first one that is there; $CC goes before the usual names.
+    names = [os.environ.get("CC", ""), *COMPILERS]
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
         raise RuntimeUnavailable("there is no C compiler (install gcc or clang to have one)")
 
     # A file under its final name is complete.
-    compiler = compilers[0]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
@@ -144,6 +146,8 @@ def _build(path: Path) -> None:
             complaint = done.stderr if done.returncode else ""
         except OSError as error:
             complaint = str(error)
+
+        # Compilers complain at length; the start says what is wrong.
         if complaint or not built.is_file():
             reason = " ".join(complaint.split())[:160]
             raise RuntimeUnavailable(f"{compiler} cannot build bolt.c ({reason})")
@@ -196,6 +200,7 @@ class Bolt:
 
     def _check_ids(self, ids: Sequence[int]) -> np.ndarray:
         """Return ids as bolt.c takes them; it does not check them again."""
+        # Before they become uint16, which would wrap around.
         ids = np.asarray(ids)
         size = len(self.vocabulary)
         if ids.size and not (ids.min() >= 0 and ids.max() < size):
@@ -207,6 +212,7 @@ class Bolt:
 
         Raises FlashLMError for half a character, which UTF-8 cannot hold.
         """
+        # Python's strings can hold what UTF-8 cannot.
         try:
             content = text.encode()
         except UnicodeEncodeError as error:
@@ -241,6 +247,7 @@ class Bolt:
     def token_nats(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the negative log-likelihood, in nats, of every id but the first (float64)."""
 
+        # C scores one text at a time, so each thread takes one.
         def score(ids: np.ndarray) -> np.ndarray:
             nats = np.empty(max(0, len(ids) - 1), np.float32)
             with self._state() as state:
@@ -248,7 +255,7 @@ class Bolt:
                     raise MemoryError
             return nats.astype(np.float64)
 
-        return _in_threads(score, [self._check_ids(ids) for ids in sequences])
+        return _in_threads(score, list(map(self._check_ids, sequences)))
 
     def write(self, prompts: Prompts, sampling: Sampling) -> list[Story]:
         """Write one story for each prompt.
@@ -275,19 +282,21 @@ class Bolt:
         try:
             while isinstance(event := events.get(), tuple):
                 number, token, surprise, entropy = event
-                stories[number].ids.append(token)
-                stories[number].surprise.append(surprise)
-                stories[number].entropy.append(entropy)
+                story = stories[number]
+                story.finished = token == EOS
+                if not story.finished:
+                    story.ids.append(token)
+                    story.surprise.append(surprise)
+                    story.entropy.append(entropy)
                 yield stories
         finally:
             # A reader that has seen enough lets C stop as well.
             stop.value = 1
             thread.join()
 
+        # An error of that thread is one of the reader's.
         if isinstance(event, BaseException):
             raise event
-        for story, written in zip(stories, event, strict=True):
-            story.finished = written.finished
 
     def _write_all(
         self,
@@ -298,9 +307,11 @@ class Bolt:
     ) -> list[Story]:
         """Write all stories, a share of them per core.
 
-        stop: becomes 1 to end all writing. listener: told of (story, id, surprise, entropy).
+        stop: becomes 1 to end all writing. listener: told of (story, id, surprise, entropy), and
+        of EOS, whose bits are 0, when a story ends.
         """
-        prompts = [self._check_ids(prompt) for prompt in prompts]
+        # Story n draws with seed + n, so it is the same in any share.
+        prompts = list(map(self._check_ids, prompts))
         share = math.ceil(len(prompts) / usable_cores())
 
         def write(start: int) -> list[Story]:
@@ -309,7 +320,7 @@ class Bolt:
 
         starts = range(0, len(prompts), max(share, 1))
         shares = _in_threads(write, starts, stop)
-        return [story for written in shares for story in written]
+        return list(itertools.chain.from_iterable(shares))
 
     def _write_share(
         self,
@@ -320,6 +331,7 @@ class Bolt:
         listener: Callable[[tuple], None] | None,
     ) -> list[Story]:
         """Write the stories of one thread; `start` is the number of the first one."""
+        # What C reads: one prompt after another, and how to go on.
         count = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], ctypes.c_long)
         settings = _Settings(
@@ -339,16 +351,19 @@ class Bolt:
         finished = np.zeros(count, ctypes.c_int)
         told = [0] * count
 
+        # C tells of an id when its bits are in place. EOS is no part of a story and has none.
         @_LISTENER
         def tell(_, story: int, token: int) -> int:
-            # EOS is told, too, but it is no part of a story.
-            if token != EOS and not stop.value:
+            bits = (0.0, 0.0)
+            if token != EOS:
                 n = told[story]
                 told[story] += 1
                 bits = (float(surprise[story, n]), float(entropy[story, n]))
+            if not stop.value:
                 listener((start + story, token, *bits))
             return stop.value
 
+        # Without a listener, C does not come back before all is written.
         texts = LANES if count >= MIN_STORIES_TO_BATCH else 1
         tell = tell if listener else _LISTENER()
         written = (ids, surprise, entropy, counts, finished)
@@ -358,9 +373,9 @@ class Bolt:
                 raise MemoryError
 
         # Nobody reads stories that were stopped.
-        if stop.value:
-            return [Story() for _ in prompts]
         stories = []
+        if stop.value:
+            return stories
         for n, length in enumerate(counts):
             story = Story(finished=bool(finished[n]))
             story.ids = ids[n, :length].tolist()
@@ -378,6 +393,8 @@ def _in_threads(do: Callable, things: Iterable, stop: ctypes.c_int | None = None
     with ThreadPoolExecutor(usable_cores()) as pool:
         try:
             return list(pool.map(do, things))
+
+        # Leaving the pool waits for its threads, so they must hear of it first.
         except BaseException:
             if stop is not None:
                 stop.value = 1
