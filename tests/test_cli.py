@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from flashlm_helpers.evaluation import evaluate
 from flashlm_helpers.machine.hardware import GIB
 from flashlm_helpers.machine.profile import active_profile
 from flashlm_helpers.runtime import load
+from flashlm_helpers.runtime.bolt import COMPILERS
 from flashlm_helpers.sources import hub
 from flashlm_helpers.sources.files import SEPARATOR
 
@@ -376,6 +378,7 @@ def test_a_compact_model_is_small_and_scores_and_tells_as_the_whole_one(
     assert "does not say which text" in notices
 
 
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C compiler")
 def test_an_exported_model_is_used_as_a_checkpoint_is(run, text_dir, tmp_path, capsys):
     """Packed and ONNX files score and write; the bytes are those of the file."""
     text = text_dir / "valid.txt"
@@ -489,7 +492,9 @@ def test_a_mixer_of_ones_own_works_in_every_command(mixed_run, text_dir):
     assert main(["generate", "--checkpoint", str(mixed_run / "mean.onnx"), "--tokens", "5"]) == 0
 
 
-def test_what_a_runtime_cannot_compute_is_one_line_that_names_the_mixer(mixed_run, text_dir):
+def test_what_a_runtime_cannot_compute_is_one_line_that_names_the_mixer(
+    mixed_run, text_dir, capsys, monkeypatch
+):
     stubborn = ["--mixer", "stubborn=my_mixers:Stubborn"]
     train = ["train", *TINY, "--mixers", "conv,stubborn", "--text-dir", text_dir]
     export = ["export", "--out", "model.onnx", "--format"]
@@ -499,7 +504,6 @@ def test_what_a_runtime_cannot_compute_is_one_line_that_names_the_mixer(mixed_ru
             [*train, "--save-dir", "stubborn", *stubborn],
             [*export, "packed", "--checkpoint", "stubborn", *stubborn],
             [*export, "onnx", "--checkpoint", "stubborn", *stubborn],
-            ["generate", "--checkpoint", "stubborn", "--runtime", "c", *stubborn],
             ["generate", "--checkpoint", "stubborn", "--runtime", "onnx", *stubborn],
         ],
     )
@@ -508,6 +512,13 @@ def test_what_a_runtime_cannot_compute_is_one_line_that_names_the_mixer(mixed_ru
         assert status == 2 and out == "" and err.count("\n") == 1
         assert err.startswith("error: ") and "'stubborn'" in err
     assert not (mixed_run / "model.onnx").exists()
+
+    # C says so, too; where there is no compiler, PyTorch computes instead.
+    monkeypatch.chdir(mixed_run)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if any(map(shutil.which, COMPILERS)):
+        generate = ["generate", "--checkpoint", "stubborn", "--runtime", "c", *stubborn]
+        assert "'stubborn'" in refused(capsys, *generate)
 
 
 def test_a_checkpoint_with_an_unknown_mixer_is_one_line(mixed_run, text_dir, tmp_path, capsys):

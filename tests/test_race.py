@@ -100,7 +100,16 @@ def test_what_the_race_sets_is_no_entrants_choice():
 def test_a_race_trains_all_for_the_same_time_and_runs_nothing_twice(text_dir, tmp_path, capfd):
     entrants = [Entrant.parse(SMALL), Entrant.parse(f"{SMALL}:ternary=false")]
     results = tmp_path / "r.jsonl"
-    records = race(entrants, [0, 1], 0.02, text_dir, results=results, folder=tmp_path / "runs")
+    kept = {"text": text_dir, "results": results, "folder": tmp_path / "runs"}
+
+    # The race is stopped after the first seed and continued, in processes of its own and in ours.
+    first = race(entrants, [0], 0.02, **kept)
+    records = race(entrants, [0, 1], 0.02, **kept, apart=False)
+    assert records[:2] == first
+    said = capfd.readouterr().err
+    assert "run 2 of 2" in said and "run 4 of 4" in said and "run 2 of 4" not in said
+
+    # Every run took its time, and is scored.
     expected = [(entrant.name, seed) for seed in (0, 1) for entrant in entrants]
     assert [(record.entrant, record.seed) for record in records] == expected
     for record in records:
@@ -122,16 +131,15 @@ def test_a_race_trains_all_for_the_same_time_and_runs_nothing_twice(text_dir, tm
 
     # Equal entrants share their runs, whatever they are called.
     renamed = [Entrant.parse(f"{SMALL}:ternary=true"), entrants[1]]
-    again = race(renamed, [0], 0.02, text_dir, results=results, folder=tmp_path / "runs")
+    again = race(renamed, [0], 0.02, **kept)
     assert [record.entrant for record in again] == [entrant.name for entrant in renamed]
     before = results.read_bytes()
-    elsewhere = tmp_path / "elsewhere"
-    assert race(entrants, [0, 1], 0.02, text_dir, results=results, folder=elsewhere) == records
-    assert results.read_bytes() == before
-    assert "run 1 of 4" in capfd.readouterr().err
+    elsewhere = kept | {"folder": tmp_path / "elsewhere"}
+    assert race(entrants, [0, 1], 0.02, **elsewhere) == records
+    assert results.read_bytes() == before and "run" not in capfd.readouterr().err
 
     # Another seed adds a run, and the table has a line for each entrant.
-    assert len(race(entrants[:1], [2], 0.02, text_dir, results=results, apart=False)) == 1
+    assert len(race(entrants[:1], [2], 0.02, **kept, apart=False)) == 1
     assert len(results.read_text().splitlines()) == 5
     table = race_table(records).splitlines()
     mean = (records[0].score.bpb + records[2].score.bpb) / 2
@@ -157,19 +165,24 @@ def test_a_run_that_fails_says_why_and_leaves_no_record(text_dir, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_race_leaves_no_run_behind_and_goes_on_anew(text_dir, tmp_path, number):
     results = tmp_path / "r.jsonl"
-    command = [sys.executable, "-m", "flashlm_helpers", "race", "--presets", SMALL, "--seeds", "0"]
+    command = ["race", "--presets", SMALL, "--seeds", "0"]
     command += ["--text-dir", str(text_dir), "--results", str(results), "--minutes"]
-    race = subprocess.Popen([*command, "5"], stderr=subprocess.PIPE, text=True)
-    for line in race.stderr:
-        if "threads, batch" in line:  # training is about to start
+    program = [sys.executable, "-m", "flashlm_helpers"]
+    process = subprocess.Popen([*program, *command, "5"], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if ", batch " in line:  # training is about to start
             break
-    children = psutil.Process(race.pid).children(recursive=True)
-    race.send_signal(number)  # to the race alone, not to its run
-    said = race.communicate(timeout=60)[1]
-    assert race.returncode == 130 and "Traceback" not in said
+
+    # The signal is for the race alone, not for its run.
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in said
     assert not psutil.wait_procs(children, timeout=20)[1]
     assert not results.exists()
-    assert subprocess.run([*command, "0.02"], capture_output=True).returncode == 0
+
+    # The same command runs it from its start.
+    assert main([*command, "0.02"]) == 0
     assert len(results.read_text().splitlines()) == 1
 
 
