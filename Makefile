@@ -3,19 +3,23 @@ PYTHON ?= python3
 HOURS ?= 0.05
 BIN = .venv/bin
 
-.PHONY: train test story bench lab
+.PHONY: train test soak story bench lab
 
 train: .venv/installed
 	$(BIN)/python -m flashlm_helpers train --hours $(HOURS) $(ARGS)
 
 # Threads that wait must not spin: tests have to get along beside other programs.
-test: export OMP_WAIT_POLICY = PASSIVE
+test soak: export OMP_WAIT_POLICY = PASSIVE
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/pytest
 	FLASHLM_PROFILE=smoke $(BIN)/pytest --nbmake --nbmake-timeout=300 --durations=0 notebooks
+
+# The same tests of what is random (kills, races, damaged files), each tried often: an hour or so.
+soak: .venv/installed
+	FLASHLM_SOAK=1 $(BIN)/pytest -m soak -s
 
 story: .venv/installed
 	$(BIN)/python -m flashlm_helpers generate --checkpoint checkpoints/hybrid-large.pt $(ARGS)

@@ -22,6 +22,11 @@ os.environ.setdefault(
 )
 
 
+def times(short, soak):
+    """How often a test tries what is random: `soak` times in `make soak`, otherwise `short`."""
+    return soak if os.environ.get("FLASHLM_SOAK") else short
+
+
 def write_stories(path, stories):
     path.write_text("".join(f"{story}\n{SEPARATOR}\n" for story in stories), encoding="utf-8")
 
