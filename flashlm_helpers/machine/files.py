@@ -1,13 +1,19 @@
 """Files that are never half written, and never read half written."""
 
+import io
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
+from filelock import Timeout
+
 from flashlm_helpers.config import FlashLMError
+from flashlm_helpers.machine.locks import hold_lock
 
 
 def one_line(error: BaseException) -> str:
@@ -15,33 +21,66 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+class _NotedFile(io.FileIO):
+    """A file that keeps why it could not be written, whatever its writer makes of the error."""
+
+    failure: OSError | None = None
+
+    def write(self, data) -> int:
+        """Write bytes, as any file does; note the error if that fails."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears under its name only when it is complete and on disk.
 
     Yields a binary file with a temporary name in the same folder, which is made if missing. If
-    the block fails, the temporary file is removed and the file at `path` stays as it was.
+    the block fails, the temporary file is removed and the file at `path` stays as it was. What
+    processes that were killed have left behind in the folder is removed, too.
     Raises FlashLMError when the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
+    noted = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        _remove_leftovers(path.parent)
+        noted = _NotedFile(temporary, "wb")
+        with io.BufferedWriter(noted) as file:
             yield file
+            if noted.failure:
+                raise noted.failure
             file.flush()
             os.fsync(file.fileno())
 
         # From here on a reader sees all of it; until here, nothing.
         os.replace(temporary, path)
-    except OSError as error:
+    except Exception as error:
+        # torch.save tells of a full disk in words of its own.
+        failure = noted and noted.failure or error
+        if not isinstance(failure, OSError):
+            raise
         raise FlashLMError(
-            f"cannot write {path} ({error.strerror or one_line(error)}): "
+            f"cannot write {path} ({failure.strerror or one_line(failure)}): "
             "choose another folder or free some space"
         ) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes of this machine that are no longer there."""
+    for path in folder.glob(f".*.{platform.node()}.*.partial"):
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,6 +98,22 @@ def require_writable(folder: Path) -> None:
     with atomic_write(probe):
         pass
     probe.unlink(missing_ok=True)  # another process may be trying, too
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep a folder for one living run until the block ends, and make it if it is missing.
+
+    Raises FlashLMError if another run is in it, or nothing can be written there.
+    """
+    require_writable(folder)
+    try:
+        with hold_lock(folder / ".lock", wait=0):
+            yield
+    except Timeout as error:
+        raise FlashLMError(
+            f"another run is training in {folder}: let it end, or choose another --save-dir"
+        ) from error
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -81,11 +136,12 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def append_json_line(path: Path, value: dict) -> None:
-    """Add `value` to a .jsonl file as its last line, atomically."""
-    objects = [*read_json_lines(path), value]
-    with atomic_write(path) as file:
-        for one in objects:
-            file.write(f"{json.dumps(one)}\n".encode())
+    """Add `value` to a .jsonl file as its last line, atomically, one process after another."""
+    with hold_lock(path.with_name(f".{path.name}.lock")):
+        objects = [*read_json_lines(path), value]
+        with atomic_write(path) as file:
+            for one in objects:
+                file.write(f"{json.dumps(one)}\n".encode())
 
 
 def project_dir() -> Path:
