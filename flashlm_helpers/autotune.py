@@ -5,7 +5,6 @@ None until autotune() has looked at the machine and at the time there is.
 """
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from torch import nn
 from flashlm_helpers.config import TrainConfig
 from flashlm_helpers.machine.compiler import compile_failure, has_cxx_compiler
 from flashlm_helpers.machine.measuring import measure_batches
+from flashlm_helpers.machine.notices import notice
 from flashlm_helpers.machine.numbers import has_bfloat16
 from flashlm_helpers.optimization import accumulate_gradient, optimizer_step
 from flashlm_helpers.tokens import TokenFile
@@ -110,7 +110,7 @@ def autotune(
             batch = choose_batch(speeds, seconds) if speeds else DEFAULT_BATCH
             config = replace(config, batch=batch)
 
-    print(_describe(config, reason, speeds, network.config.sequence_length), file=sys.stderr)
+    notice(_describe(config, reason, speeds, network.config.sequence_length))
     return config
 
 

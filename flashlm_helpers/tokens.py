@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.corpus import Corpus
 from flashlm_helpers.machine.files import atomic_write, project_dir
+from flashlm_helpers.machine.notices import LenientStream, notice
 from flashlm_helpers.sources.files import SEPARATOR
 from flashlm_helpers.sources.gpt2 import batches_of_text
 from flashlm_helpers.vocab import BOS, EOS, PAD, Vocabulary
@@ -76,7 +76,7 @@ class TokenFile:
         split = identity["split"]
         header = {"magic": _MAGIC, "identity": identity, "tokens": 0, "stories": 0, "bytes": 0}
         title = f"tokenizing {split}"
-        bar = tqdm(desc=title, unit=" stories", mininterval=0.5, file=sys.stderr)
+        bar = tqdm(desc=title, unit=" stories", mininterval=0.5, file=LenientStream())
         with bar, atomic_write(path) as file:
             # The header comes first, but is known last.
             file.write(b" " * _HEADER)
@@ -195,10 +195,10 @@ def _prepare_vocabulary(corpus: Corpus, size: int, data_dir: Path | None) -> Voc
         try:
             return Vocabulary.load(path)
         except FlashLMError:
-            print(f"{path} is damaged: building it anew", file=sys.stderr)
+            notice(f"{path} is damaged: building it anew")
 
     # Counting takes a while, so say what is going on.
-    print("counting tokens for the vocabulary ...", file=sys.stderr)
+    notice("counting tokens for the vocabulary ...")
 
     # Of a large text, the first part will do.
     sample = itertools.islice(corpus.stories("train"), VOCABULARY_STORIES)
@@ -225,7 +225,7 @@ def tokenize(
         try:
             return TokenFile(path, identity)
         except FlashLMError:
-            print(f"{path} is damaged: building it anew", file=sys.stderr)
+            notice(f"{path} is damaged: building it anew")
     return TokenFile.build(path, identity, corpus.stories(split), vocabulary)
 
 

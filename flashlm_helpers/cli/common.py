@@ -10,6 +10,7 @@ from flashlm_helpers.config import FlashLMError, TrainConfig
 from flashlm_helpers.corpus import HUB
 from flashlm_helpers.machine.files import one_line
 from flashlm_helpers.machine.hardware import GIB, usable_cores, usable_memory
+from flashlm_helpers.machine.notices import notice
 from flashlm_helpers.model import LanguageModel
 from flashlm_helpers.registry import register_mixer
 
@@ -29,11 +30,6 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         """Print one line and exit with status 2."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def notice(message: str) -> None:
-    """Print one line for the person watching."""
-    print(message, file=sys.stderr)
 
 
 def choose_preset(cores: int | None = None, memory: int | None = None) -> str:

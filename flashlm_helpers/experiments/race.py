@@ -6,8 +6,6 @@ import itertools
 import json
 import multiprocessing
 import re
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +37,7 @@ from flashlm_helpers.machine.files import (
     read_json_lines,
     require_writable,
 )
+from flashlm_helpers.machine.notices import notice
 from flashlm_helpers.machine.setup import setup
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import build_optimizer, microbatch_size
@@ -243,13 +242,14 @@ def race(
                 f"results are JSON lines, so their file must end in .jsonl, not be {results.name!r}"
             )
         require_writable(results.parent)
-        done = {record.key: record for record in read_records(results)}
 
+        done = {}
         for turn, (key, (entrant, experiment)) in enumerate(planned.items(), 1):
+            done |= {record.key: record for record in read_records(results)}
             if key in done:
                 continue
             seed = experiment.recipe.seed
-            print(f"run {turn} of {len(planned)}: {entrant.name}, seed {seed}", file=sys.stderr)
+            notice(f"run {turn} of {len(planned)}: {entrant.name}, seed {seed}")
             named = {"key": key, "entrant": entrant.name, "seed": seed, "minutes": minutes}
             measure = _run_apart if apart else _run
             record = named | {"corpus": corpus.name} | measure(experiment, folder / key)
@@ -328,7 +328,6 @@ def _place_of(part: Callable) -> str:
 
 def _run(experiment: Experiment, folder: Path) -> dict:
     """Train, score the best weights on the validation split, and return what is recorded."""
-    shutil.rmtree(folder, ignore_errors=True)
     text = experiment.prepare()
     recipe = experiment.recipe
 
