@@ -21,10 +21,9 @@ RED = "#D55E00"
 BLACK = "#000000"
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, BLACK)
-MARKS = "os^vDPX*"
 
 
-def _column(rows: Sequence, name: str, unit: float = 1) -> np.ndarray:
+def column(rows: Sequence, name: str, unit: float = 1) -> np.ndarray:
     """Return one field of every row as multiples of `unit`: 60 turns seconds into minutes."""
     return np.array([getattr(row, name) for row in rows]) / unit
 
@@ -41,74 +40,24 @@ def plot_training(history: History, figure: Figure | None = None) -> Figure:
     # The loss above, the learning rate below, over the same minutes.
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
 
-    trained = _column(history.train, "seconds", 60)
-    validated = _column(history.valid, "seconds", 60)
+    trained = column(history.train, "seconds", 60)
+    validated = column(history.valid, "seconds", 60)
 
     # Validations are few, so each is a dot.
-    loss.plot(trained, _column(history.train, "nats_per_token"), color=SKY, label="training")
+    loss.plot(trained, column(history.train, "nats_per_token"), color=SKY, label="training")
     dots = {"color": BLUE, "marker": "o", "linestyle": "", "label": "validation"}
-    loss.plot(validated, _column(history.valid, "nats_per_token"), **dots)
+    loss.plot(validated, column(history.valid, "nats_per_token"), **dots)
     loss.set_ylabel("loss (nats/token)")
     loss.legend()
 
     # The rate belongs to steps, so it has as many points as the training loss.
-    rate.plot(trained, _column(history.train, "lr"), color=ORANGE)
+    rate.plot(trained, column(history.train, "lr"), color=ORANGE)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("time (minutes)")
     rate.set_ylim(bottom=0)
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
     return figure
-
-
-def plot_race(records: Sequence) -> Figure:
-    """Plot validation bits per byte over minutes and over tokens seen, one line per run.
-
-    records: the RaceRecords of race(). Each entrant has a colour and a mark. Values more than
-    half above the worst end are cut off.
-    """
-    figure, (by_time, by_tokens) = plt.subplots(
-        1, 2, figsize=(10, 4.5), sharey=True, layout="constrained"
-    )
-    _draw_race(by_time, records, "seconds", 60)
-    _draw_race(by_tokens, records, "tokens", 1e6)
-
-    # The panels share their y axis, which leaves out how bad all were at the start.
-    ends = [record.validation[-1].bpb for record in records]
-    by_time.set_ylim(min(ends) * 0.97, max(ends) * 1.5)
-    by_time.set_ylabel("validation bits per byte")
-    by_time.set_xlabel("time (minutes)")
-    by_tokens.set_xlabel("tokens seen (M)")
-    by_tokens.legend(fontsize=8)
-    return figure
-
-
-def _draw_race(panel: Axes, records: Sequence, name: str, unit: float) -> None:
-    """Draw a line per run over a field of its validations, in units of `unit`."""
-    entrants = []
-    furthest = 0.0
-    for record in records:
-        # Only the first run of an entrant appears in the legend.
-        label = None
-        if record.entrant not in entrants:
-            entrants.append(record.entrant)
-            label = record.entrant
-        number = entrants.index(record.entrant)
-
-        # Its runs have one colour and one mark.
-        x = _column(record.validation, name, unit)
-        furthest = max(furthest, x.max())
-        panel.plot(
-            x,
-            _column(record.validation, "bpb"),
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKS[number % len(MARKS)],
-            markersize=4,
-            alpha=0.8,
-            label=label,
-        )
-    panel.set_xlim(0, 1.04 * furthest)
-    panel.grid(alpha=0.3)
 
 
 def plot_bpc(

@@ -23,6 +23,7 @@ from flashlm_helpers.evaluation import (
     pack_into_lanes,
     token_nats,
 )
+from flashlm_helpers.experiments.curves import plot_race
 from flashlm_helpers.generation import Story
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.runtime.pytorch import PyTorchModel
@@ -260,7 +261,7 @@ def test_figures_take_what_runs_races_and_models_leave():
     runs = []
     for entrant, seed in (("one", 0), ("one", 1), ("two", 0)):
         runs.append(SimpleNamespace(entrant=entrant, seed=seed, validation=validated))
-    panels = plots.plot_race(runs).axes
+    panels = plot_race(runs).axes
     assert [len(panel.lines) for panel in panels] == [3, 3]
     assert [label.get_text() for label in panels[1].get_legend().texts] == ["one", "two"]
 

@@ -1,7 +1,6 @@
 """flashlm race: train several models for the same time, and compare them."""
 
 import argparse
-import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Race; print a table and draw the curves beside the results."""
-    from flashlm_helpers.plots import plot_race
+    from flashlm_helpers.experiments.curves import plot_race
 
     try:
         seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -59,8 +58,6 @@ def run(args: argparse.Namespace) -> dict:
     if args.results:
         results = Path(args.results)
 
-    # The run that is under way must not outlive the race.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = project_dir() / "checkpoints" / "race"
     records = race(entrants, seeds, args.minutes, text, limit, results, runs)
 
