@@ -24,7 +24,9 @@ from flashlm_helpers.checkpoint import (
 from flashlm_helpers.config import FlashLMError, TrainConfig
 from flashlm_helpers.corpus import TextSource
 from flashlm_helpers.evaluation import bits_report, encode_stories, token_nats
+from flashlm_helpers.machine.notices import notice
 from flashlm_helpers.machine.signals import stop_requests
+from flashlm_helpers.machine.stopwatch import Stopwatch
 from flashlm_helpers.optimization import learning_rate, microbatch_size, optimizer_step
 from flashlm_helpers.tokens import PreparedText
 from flashlm_helpers.vocab import PAD
@@ -38,6 +40,7 @@ HISTORY_ROWS = 500  # points of the training curve, whatever the budget
 MAX_VALIDATIONS = 40
 MIN_SECONDS_BETWEEN = 60.0
 MAX_TOKEN_SHARE = 0.05
+MAX_TIME_SHARE = 0.1  # with their saves, of the extra ones after every epoch of a small text
 
 
 class StopReason(StrEnum):
@@ -103,11 +106,11 @@ class Trainer:
         # Whole stories, the same ones at every validation.
         self.valid_stories = self.text.held_out(self.config.validation_stories)
         self.valid_ids = encode_stories(self.text.vocabulary, self.valid_stories)
+        self.valid_tokens = sum(len(ids) - 2 for ids in self.valid_ids)  # without BOS and EOS
 
         # The clock starts in run().
         self.progress = Progress(next_validation=self._validation_gap())
-        self._began = 0.0
-        self._mark = 0.0
+        self._saved = True  # whether every save of the latest step succeeded
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over weights, optimizer, progress and random state of a checkpoint.
@@ -141,8 +144,10 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(copy.deepcopy(checkpoint.optimizer))
         except (ValueError, KeyError) as error:
-            problem = "the checkpoint's optimizer is of another kind"
-            raise FlashLMError(f"{problem}: resume with the one it had") from error
+            raise FlashLMError(
+                "the checkpoint's optimizer is of another kind than this run's: resume with the "
+                "one it had (if that was Muon, which is gone since version 0.1, train anew)"
+            ) from error
         torch.set_rng_state(checkpoint.random_state)
 
         # Progress, with its marks on the budget.
@@ -162,13 +167,14 @@ class Trainer:
     def run(self, on_step: Callable[[Progress], None]) -> tuple[Progress, StopReason]:
         """Train, validate and save until the budget or the patience ends, or someone interrupts.
 
-        Ctrl-C, a notebook's stop button and SIGTERM let the step end, and save the run.
-        on_step: called after every step. Raises FlashLMError if the loss stays non-finite.
+        Ctrl-C, a notebook's stop button, a closed terminal and SIGTERM let the step end, and save
+        the run; an error, also of on_step, saves it on its way out.
+        on_step: called after every step. Raises FlashLMError if the loss stays non-finite, or the
+        end of the run cannot be saved.
         """
         p = self.progress
-        self._mark = self.clock()
-        self._began = self._mark - p.elapsed  # a resumed run has used some of its time
-        with stop_requests() as requests:
+        self._watch = Stopwatch(self.clock)
+        with stop_requests(self._rescue) as requests:
             # Decide how to compute on this machine: number format, compilation, batch.
             parts = (self.network, self.optimizer, self.config, self.text.train)
             self.config = autotune(*parts, self._expected_seconds())
@@ -184,8 +190,8 @@ class Trainer:
                     stopped_by = StopReason.INTERRUPT
 
                 # Once in a while, and at the end of the budget: validate.
-                out_of_budget = stopped_by == StopReason.BUDGET
-                due = out_of_budget or p.fraction >= p.next_validation
+                self._saved = True
+                due = self._validation_due()
                 if due:
                     self._validate()
                     if p.validations_since_best >= self.config.patience:
@@ -193,7 +199,7 @@ class Trainer:
 
                 # last.pt is written after a validation, so that a resumed run need not repeat it.
                 if due or stopped_by:
-                    self._save(LAST, self.optimizer.state_dict())
+                    self._save(LAST)
 
                 on_step(p)
                 self._record_time("display")
@@ -202,6 +208,8 @@ class Trainer:
             # last.pt is written: a resumed run must not see it.
             if p.best is None:
                 self._validate()
+        if not self._saved:
+            raise FlashLMError(f"the run's end could not be saved: make room in {self.folder}")
         return p, stopped_by
 
     # ---- the budget ----
@@ -249,20 +257,33 @@ class Trainer:
         if self.config.hours is not None:
             gap = max(gap, MIN_SECONDS_BETWEEN / (self.config.hours * 3600))
         if self.config.epochs is not None:
-            valid_tokens = sum(len(ids) - 2 for ids in self.valid_ids)  # without BOS and EOS
             train_tokens = self.config.epochs * self.text.train.n_tokens
-            gap = max(gap, valid_tokens / (MAX_TOKEN_SHARE * train_tokens))
+            gap = max(gap, self.valid_tokens / (MAX_TOKEN_SHARE * train_tokens))
         return gap
+
+    def _validation_due(self) -> bool:
+        """Say whether to validate now: by the budget, or because a small text was read again."""
+        p = self.progress
+        looks = p.history.valid
+
+        # By the clock alone, a timed run on a small text would be overfit before its first look.
+        seen = p.tokens_seen - (looks[-1].tokens if looks else 0)
+        epoch = self.config.hours is not None and seen >= self.text.train.n_tokens
+
+        # One more must be cheap; the first will cost about as much as training on its tokens.
+        spent = p.seconds["validate"] + p.seconds["save"]
+        one = spent / len(looks) if looks else self.valid_tokens / p.tokens_per_second
+        extra = epoch and spent + one <= MAX_TIME_SHARE * p.seconds["train"]
+        return extra or p.fraction >= min(p.next_validation, 1.0)
 
     def _record_time(self, activity: str) -> float:
         """Count the seconds since the last call as spent on `activity`, and return them."""
-        now = self.clock()
-        seconds = now - self._mark
-        self._mark = now
+        p = self.progress
+        seconds = self._watch.lap(p.step_seconds if activity == "train" else 0.0)
 
         # Both are kept: the sum is what the budget counts, the parts are for people.
-        self.progress.seconds[activity] += seconds
-        self.progress.elapsed = now - self._began
+        p.seconds[activity] += seconds
+        p.elapsed += seconds
         return seconds
 
     # ---- one step, one validation, one save ----
@@ -298,7 +319,6 @@ class Trainer:
 
         # A loss that stays infinite will not recover by itself.
         if p.skipped_in_a_row >= NON_FINITE_STEPS:
-            self._save(LAST, self.optimizer.state_dict())
             raise FlashLMError(
                 f"loss or gradient was not finite in {NON_FINITE_STEPS} steps in a row "
                 f"(step {p.step}): train again with a smaller --lr than {config.lr:g}"
@@ -320,20 +340,37 @@ class Trainer:
         report = bits_report(self.valid_stories, nats)
         scores = (report.nats_per_token, report.bpc, report.bpb)
         p.history.valid.append(ValidPoint(p.step, p.elapsed, p.tokens_seen, *scores))
-        p.next_validation = p.fraction + self._validation_gap()
-        p.validations_since_best += 1
         self._record_time("validate")
 
-        # Keep the best weights.
+        # Patience counts the validations of the budget, not the extra ones.
+        if p.fraction >= p.next_validation:
+            p.next_validation = p.fraction + self._validation_gap()
+            p.validations_since_best += 1
+
+        # Keep the best weights; what could not be kept is not the best.
         if p.best is None or report.nats_per_token < p.best.nats_per_token:
+            before = (p.best, p.best_step)
             p.validations_since_best = 0
             p.best = report
             p.best_step = p.step
             self._save(BEST)
+            if not self._saved:
+                p.best, p.best_step = before
 
-    def _save(self, name: str, optimizer: dict | None = None) -> None:
+    def _save(self, name: str) -> None:
+        """Save the run; if that fails, what stood before stays, and the next save tries again."""
         vocabulary = self.text.vocabulary
         parts = (self.network, self.config, vocabulary, self.source, self.progress)
+        optimizer = self.optimizer.state_dict() if name == LAST else None
         checkpoint = Checkpoint(*parts, optimizer, torch.get_rng_state())
-        save_checkpoint(self.folder / name, checkpoint)
+        try:
+            save_checkpoint(self.folder / name, checkpoint)
+        except FlashLMError as error:
+            self._saved = False
+            notice(f"\n{error}; what was saved before stays")
         self._record_time("save")
+
+    def _rescue(self) -> None:
+        """Save what there is: an exception is about to end the run."""
+        if self.progress.step:
+            self._save(LAST)

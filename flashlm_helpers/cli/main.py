@@ -3,13 +3,18 @@
 import importlib
 import json
 import os
+import signal
 import sys
+from contextlib import redirect_stderr
+from typing import TextIO
 
 from flashlm_helpers import __version__
 from flashlm_helpers.cli.common import OneLineParser, register_mixers
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.machine.files import one_line
+from flashlm_helpers.machine.notices import LenientStream
 from flashlm_helpers.machine.setup import setup
+from flashlm_helpers.machine.signals import ENDINGS, handling
 
 DESCRIPTION = (
     "Train, measure and use a ternary (1.58-bit) language model on a CPU. Results go to stdout, "
@@ -39,22 +44,54 @@ def make_parser() -> OneLineParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit status; a mistake a person can mend is status 2."""
-    # What a terminal cannot show is escaped, and does not end the program.
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="backslashreplace")
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    for name in PLACES:
-        if getattr(args, name, None) == "":  # an unset variable of a shell must not go unnoticed
-            parser.error(f"--{name.replace('_', '-')} is empty: give a path or a name")
+    """Run one command and return its exit status; a mistake a person can mend is status 2.
 
-    # Only the command that is asked for is imported and prepared for.
-    command = importlib.import_module(f"flashlm_helpers.cli.{COMMANDS[args.command]}")
+    It is 1 where the result could not be handed over, because the reader of stdout had left.
+    """
+    # Started without one of these (>&-), the program has one that leads nowhere; otherwise the
+    # next file it opens, perhaps a checkpoint, would take its place.
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+    # What a terminal cannot show is escaped, and does not end the program.
+    outputs = (sys.stdout, sys.stderr)
+    for output in outputs:
+        output.reconfigure(errors="backslashreplace")
+
+    # Nor does a notice that nobody reads, and whatever asks for an end lets files be tidied up.
+    with redirect_stderr(LenientStream()), handling(ENDINGS, signal.default_int_handler):
+        try:
+            return _run(arguments)
+        finally:
+            for output in outputs:
+                _drop_unwritten(output)
+
+
+def _drop_unwritten(output: TextIO) -> None:
+    """Send what nobody reads nowhere, or the interpreter would fail to write it at its end."""
     try:
+        output.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+
+
+def _run(arguments: list[str] | None) -> int:
+    """Parse the arguments, run their command and return its exit status."""
+    try:
+        parser = make_parser()
+        args = parser.parse_args(arguments)
+        for name in PLACES:
+            if getattr(args, name, None) == "":  # an unset variable of a shell must be noticed
+                parser.error(f"--{name.replace('_', '-')} is empty: give a path or a name")
+
+        # Only the command that is asked for is imported and prepared for.
+        command = importlib.import_module(f"flashlm_helpers.cli.{COMMANDS[args.command]}")
         if args.command in ("train", "race"):
             setup(show=False)
         register_mixers(args)
+
+        # What it saves is saved when it returns; then comes what it says.
         result = command.run(args)
         if args.json:
             print(json.dumps(result))
@@ -62,14 +99,15 @@ def main(arguments: list[str] | None = None) -> int:
     except FlashLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
         print("error: there is not enough memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has seen enough; nothing may be flushed into it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of stdout has seen enough
         return 1
     except OSError as error:  # a path that the system itself refuses, such as one too long
         print(f"error: {one_line(error)}", file=sys.stderr)

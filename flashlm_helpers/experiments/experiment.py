@@ -20,7 +20,7 @@ from flashlm_helpers.corpus import Corpus, TextSource, open_corpus
 from flashlm_helpers.evaluation import BPCReport
 from flashlm_helpers.experiments.size import count_parameters
 from flashlm_helpers.experiments.terminal import TerminalLine
-from flashlm_helpers.machine.files import require_writable, write_json
+from flashlm_helpers.machine.files import hold_folder, write_json
 from flashlm_helpers.machine.hardware import describe_hardware, peak_memory
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import build_optimizer
@@ -70,11 +70,20 @@ class Experiment:
         resume: a checkpoint, a file or a run's folder to go on from. on_step: shows the progress,
         for example fl.LiveLossCurve(); by default it is a line in the terminal.
         PyTorch's random numbers are seeded for the run and restored after it.
-        Raises FlashLMError for what a person can mend, as train() does.
+        Raises FlashLMError for what a person can mend, as train() does, and if another run is in
+        the folder.
         """
-        # Refuse what cannot work before any text is read.
         folder = Path(folder)
-        require_writable(folder)
+        with hold_folder(folder):
+            return self._run(folder, resume, on_step)
+
+    def _run(
+        self,
+        folder: Path,
+        resume: str | Path | Checkpoint | None,
+        on_step: Callable[[Progress], None] | None,
+    ) -> "RunReport":
+        # Refuse what cannot work before any text is read.
         if self.build_model is FlashLM:
             count_parameters(self.model)
 
@@ -97,7 +106,7 @@ class Experiment:
                 folder,
                 corpus.source,
                 resume,
-                on_step or TerminalLine(),
+                on_step or TerminalLine(text.train.n_tokens),
             )
         recipe = RunConfig(network.config, decided)
         return self._report(folder, text, progress, stopped_by, recipe, corpus.source)
