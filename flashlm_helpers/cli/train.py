@@ -1,6 +1,7 @@
 """flashlm train: train a model to a time limit, or go on training one."""
 
 import argparse
+import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from flashlm_helpers.corpus import Corpus, open_corpus
 from flashlm_helpers.experiments.experiment import Experiment, RunReport
 from flashlm_helpers.experiments.size import count_parameters
 from flashlm_helpers.generation import generate
-from flashlm_helpers.machine.files import atomic_write, project_dir, require_writable
+from flashlm_helpers.machine.files import atomic_write, hold_folder, project_dir, require_writable
 
 DEFAULT_HOURS = 2.0
 RECIPE_FLAGS = ["hours", "epochs", "batch", "lr", "dropout", "seed", "patience"]
@@ -82,11 +83,26 @@ def run(args: argparse.Namespace) -> dict:
     resume = load_checkpoint(args.resume, LAST) if args.resume else None
     recipe = choose_recipe(args, resume)
     model = choose_model(args, resume)
-    corpus = choose_text(args, resume, recipe)
+    experiment = Experiment(choose_text(args, resume, recipe), model, recipe)
     folder = choose_folder(args, model.name)
 
-    # What the text gives is said before the training starts.
-    experiment = Experiment(corpus, model, recipe)
+    # From here on the folder is this run's alone; resumed is what the run before it left there.
+    with hold_folder(folder):
+        take_over(folder, args)
+        report = train_in(folder, experiment, args)
+    if not args.json:
+        print(f"{summary(report)}\n\nkept in {folder}\n")
+
+    # The story comes last, when all else is said and saved.
+    story = generate(report.model, "Once upon a time", seed=recipe.seed)[0].text
+    if not args.json:
+        print(story)
+    return report.as_dict() | {"story": story, "save_dir": str(folder)}
+
+
+def train_in(folder: Path, experiment: Experiment, args: argparse.Namespace) -> RunReport:
+    """Say what the text gives, then train in `folder`."""
+    corpus = experiment.text
     text = experiment.prepare()
     size = len(text.vocabulary)
     if args.vocab_size and size < args.vocab_size:
@@ -97,15 +113,9 @@ def run(args: argparse.Namespace) -> dict:
     notice(
         f"{corpus.name}: {text.train.n_stories:,} stories, {text.train.n_tokens / 1e6:.1f} M "
         f"tokens; vocabulary of {size:,} covers {text.vocabulary.coverage:.2%}; "
-        f"training {model.name} into {folder}"
+        f"training {experiment.model.name} into {folder}"
     )
-
-    report = experiment.run(folder, resume)
-    story = generate(report.model, "Once upon a time", seed=recipe.seed)[0].text
-    if not args.json:
-        print(summary(report))
-        print(f"\n{story}\n\nkept in {folder}")
-    return report.as_dict() | {"story": story, "save_dir": str(folder)}
+    return experiment.run(folder, args.resume)
 
 
 def choose_recipe(args: argparse.Namespace, resume: Checkpoint | None) -> TrainConfig:
@@ -176,31 +186,45 @@ def choose_text(args: argparse.Namespace, resume: Checkpoint | None, recipe: Tra
 
 
 def choose_folder(args: argparse.Namespace, preset: str) -> Path:
-    """Return where the run goes, never a folder of another run.
-
-    A resumed run that moves to another folder takes its best weights along.
-    """
-    resumed = Path(args.resume) if args.resume else None
-    if resumed and not resumed.is_dir():
-        resumed = resumed.parent
-    folder = resumed
+    """Return where the run goes: the folder asked for, or a new one with a name of its own."""
     if args.save_dir:
-        folder = Path(args.save_dir)
-    elif folder is None:
-        folder = project_dir() / "checkpoints" / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if resumed and folder.resolve() == resumed.resolve():
-        return folder
+        return Path(args.save_dir)
+    if args.resume:
+        return resumed_folder(args)
 
+    # Two runs may start in one second.
+    checkpoints = project_dir() / "checkpoints"
+    require_writable(checkpoints)
+    stamp = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = stamp
+    for number in itertools.count(2):
+        folder = checkpoints / name
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            name = f"{stamp}-{number}"
+
+
+def resumed_folder(args: argparse.Namespace) -> Path:
+    """Return the folder of the run that --resume names."""
+    resumed = Path(args.resume)
+    return resumed if resumed.is_dir() else resumed.parent
+
+
+def take_over(folder: Path, args: argparse.Namespace) -> None:
+    """Refuse a folder of another run; a resumed run that moves takes its best weights along."""
+    resumed = resumed_folder(args) if args.resume else None
+    if resumed and folder.resolve() == resumed.resolve():
+        return
     if (folder / LAST).exists():
         raise FlashLMError(
             f"{folder} holds a run already: go on with --resume {folder}, or choose another "
             "--save-dir"
         )
-    require_writable(folder)
     if resumed and (resumed / BEST).is_file():
         with atomic_write(folder / BEST) as file:
             file.write((resumed / BEST).read_bytes())
-    return folder
 
 
 def summary(report: RunReport) -> str:
