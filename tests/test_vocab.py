@@ -1,10 +1,12 @@
 import json
+import re
 import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +52,45 @@ def test_hostile_strings_survive_even_in_bytes_alone(vocabulary, smallest, text)
     assert vocabulary.decode(vocabulary.encode(text)) == text
     assert smallest.decode(smallest.encode(text)) == text
     assert len(smallest.encode(text)) == len(text.encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u00a0", "\u2028"])
+@pytest.mark.parametrize("after", ["x", "\x1c", " x", ""])
+def test_a_run_of_white_space_may_be_of_any_length(vocabulary, space, after):
+    """tiktoken alone gives up, in a way that no handler sees, after 999,998 characters."""
+    run = space * 1_000_001
+    text = f"before{run}{after}"
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+
+    # Twice as long, it has the same ids in its middle.
+    piece = gpt2.gpt2_ids(["before" + run])[0][1:3]
+    ids = gpt2.gpt2_ids([text])[0]
+    assert ids[1:3] == piece
+    assert ids[-6:] == gpt2.gpt2_ids([f"before{space * 1_001}{after}"])[0][-6:]
+
+
+RUNS = st.lists(
+    st.tuples(st.sampled_from(" \n\t\r\u00a0\u3000\x1c\x1fa7!é\ud800"), st.integers(1, 12)),
+    max_size=9,
+)
+
+
+@pytest.mark.soak
+@given(RUNS)
+@settings(max_examples=times(300, 20_000), deadline=None)
+def test_where_a_run_is_cut_makes_no_difference(runs):
+    text = "".join(character * count for character, count in runs)
+    uncut = gpt2.gpt2_ids([text])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt2, "_LONG", 3)
+        patch.setattr(gpt2, "_LONG_RUN", re.compile(gpt2._LONG_RUN.pattern.replace("100000", "3")))
+        assert gpt2.gpt2_ids([text]) == uncut
+
+
+def test_long_runs_below_the_limit_of_tiktoken_have_its_own_ids():
+    whole = gpt2_encoding().encode_ordinary
+    for text in [" " * 900_000 + "x", "\n" * 150_000 + " x", "a" * 300_000 + "\t" * 200_000 + "!"]:
+        assert gpt2.gpt2_ids([text]) == [whole(text)]
 
 
 def test_batches_equal_single_texts(vocabulary):

@@ -18,6 +18,15 @@ GPT2_SIZE = 50_257
 # Characters that are half of a UTF-16 pair. A string may hold one, but UTF-8 cannot.
 SURROGATE = re.compile("([\ud800-\udfff])")
 
+# White space as GPT-2's encoding has it, which is Python's without four control characters.
+_SPACE = r"[^\S\x1c-\x1f]"
+
+# The end of a long run of white space before a word. GPT-2's rule leaves the last character to
+# the word; tiktoken finds it by trying back from the end, which it gives up after a million
+# characters. Cut before that character, a text has the same ids: there a token ends anyway.
+_LONG = 100_000
+_LONG_RUN = re.compile(rf"(?<!{_SPACE}){_SPACE}{{{_LONG},}}(?={_SPACE}[\S\x1c-\x1f])")
+
 
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
@@ -63,15 +72,22 @@ def gpt2_ids(texts: Sequence[str]) -> list[list[int]]:
     """Return the GPT-2 token ids of each text, computed in parallel.
 
     Special tokens in a text are ordinary characters. A lone surrogate, which UTF-8 cannot hold,
-    becomes the ids of its three bytes, so nothing is lost.
+    becomes the ids of its three bytes, so nothing is lost. No run of characters is too long.
     """
-    # Only this rare case needs a loop in Python.
-    if any(map(SURROGATE.search, texts)):
-        return list(map(_ids_with_surrogates, texts))
+    # Only these rare cases need a loop in Python.
+    if any(map(_has_rare_parts, texts)):
+        return list(map(_ids_by_parts, texts))
     return gpt2_encoding().encode_ordinary_batch(list(texts), num_threads=usable_cores())
 
 
-def _ids_with_surrogates(text: str) -> list[int]:
+def _has_rare_parts(text: str) -> bool:
+    """Return whether a text holds what tiktoken cannot encode in one piece."""
+    if SURROGATE.search(text):
+        return True
+    return len(text) > _LONG and bool(_LONG_RUN.search(text))
+
+
+def _ids_by_parts(text: str) -> list[int]:
     # Split by a group in parentheses, a text keeps its surrogates as parts of their own.
     encoding = gpt2_encoding()
     ids = []
@@ -79,8 +95,14 @@ def _ids_with_surrogates(text: str) -> list[int]:
         if SURROGATE.match(part):
             for value in part.encode("utf-8", "surrogatepass"):
                 ids.append(encoding.encode_single_token(bytes([value])))
-        else:
-            ids.extend(encoding.encode_ordinary(part))
+            continue
+
+        # A long run ends one part, and its last character begins the next one.
+        start = 0
+        for run in _LONG_RUN.finditer(part):
+            ids += encoding.encode_ordinary(part[start : run.end()])
+            start = run.end()
+        ids += encoding.encode_ordinary(part[start:])
     return ids
 
 
