@@ -11,7 +11,7 @@ from typing import Any
 
 from flashlm_helpers import builtin
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.sources.files import find_stories, read_stories
+from flashlm_helpers.sources.folders import find_stories, read_folder, state_of
 from flashlm_helpers.sources.hub import HUB, HUB_NAME, HubDataset, choose_reachable, open_split
 from flashlm_helpers.sources.splits import hold_out, is_held_out
 
@@ -70,7 +70,8 @@ def open_corpus(text: Any = "auto", limit: int | None = None) -> Corpus:
       - "owner/name", "owner/name:config", "owner/name:config:field": any data set of the hub;
       - "builtin": the built-in story generator;
       - "auto": TinyStories, or "builtin" if the hub does not answer within 5 seconds;
-      - a folder that holds train*, and perhaps valid*, as .txt, .jsonl or .parquet;
+      - a folder that holds train*, and perhaps valid*, val* or dev*, in any format of
+        read_stories();
       - strings: any iterable, read once into memory, or {"train": strings, "valid": strings};
       - a TextSource, as a checkpoint holds it, or a Corpus, which is returned as it is.
     limit: take only the first `limit` training stories (of the generator: make that many).
@@ -169,11 +170,15 @@ def _open_strings(text: Iterable[str], limit: int | None) -> Corpus:
         stories["valid"] += _check_strings(text["valid"])
     else:
         # A generator can be read only once, and may be endless: so the limit ends it.
+        read = []
+        kept = 0
         for story in _check_strings(text):
-            split = "valid" if is_held_out(story) else "train"
-            stories[split].append(story)
-            if len(stories["train"]) == limit:
+            read.append(story)
+            kept += not is_held_out(story)
+            if kept == limit:
                 break
+        for split in SPLITS:
+            stories[split] += hold_out(read, split)
 
     # Equal stories have equal keys, so caches are found again in another process, too.
     key = _key("stories", stories)
@@ -192,28 +197,11 @@ def _check_strings(stories: Iterable[Any]) -> Iterator[str]:
 
 
 def _open_folder(folder: Path, limit: int | None) -> Corpus:
-    files = find_stories(folder, SPLITS)
-
     # A file that is written again has another time of change, so its caches are built anew.
-    states = []
-    for path in files["train"] + files["valid"]:
-        state = path.stat()
-        states.append((str(path.resolve()), state.st_size, state.st_mtime_ns))
+    files = find_stories(folder)
+    key = _key(state_of(files), limit)
 
     # The full path, since a run may be resumed from another working folder.
     folder = folder.resolve()
-    key = _key(states, limit)
-    read = partial(_read_folder, files, limit)
+    read = partial(read_folder, files, limit)
     return Corpus(folder.name, key, read, TextSource(None, str(folder), limit))
-
-
-def _read_folder(files: dict[str, list[Path]], limit: int | None, split: str) -> Iterator[str]:
-    # Without files for validation, both splits are read from those for training.
-    paths = files[split] if files["valid"] else files["train"]
-    stories = itertools.chain.from_iterable(map(read_stories, paths))
-    if not files["valid"]:
-        stories = hold_out(stories, split)
-
-    if split == "train":
-        stories = itertools.islice(stories, limit)
-    return stories

@@ -204,7 +204,7 @@ class Vocabulary:
 
         except OSError as error:
             raise FlashLMError(f"cannot read the vocabulary {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             problem = f"{path} is not a vocabulary, or is damaged ({one_line(error)})"
             raise FlashLMError(f"{problem}: delete it and it is built anew") from error
         return vocabulary

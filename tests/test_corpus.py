@@ -15,9 +15,10 @@ from hub import local_hub
 
 from flashlm_helpers import builtin, corpus
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.corpus import Corpus, TextSource, is_held_out, open_corpus, read_stories
+from flashlm_helpers.corpus import Corpus, TextSource, is_held_out, open_corpus
 from flashlm_helpers.machine.profile import active_profile
 from flashlm_helpers.sources import hub as hub_source
+from flashlm_helpers.sources.files import read_stories
 from flashlm_helpers.tokens import prepare
 
 
@@ -206,7 +207,8 @@ def test_any_iterable_of_strings_is_a_text():
 def test_the_key_of_strings_is_their_content():
     one = open_corpus(["ab", "c"])
     assert one.key == open_corpus(("ab", "c")).key
-    others = [["a", "bc"], ["abc"], ["c", "ab"], ["ab"], ["ab", "c", ""], ["ab", "\ud800"]]
+    others = [["a", "bc"], ["abc"], ["ba", "c"], ["ab"], ["ab", "c", ""], ["ab", "\ud800"]]
+    others += [["one", "two", "three"], ["three", "two", "one"]]
     keys = {open_corpus(stories).key for stories in others}
     assert len(keys) == len(others) and one.key not in keys
 

@@ -87,7 +87,7 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--text-dir",
         metavar="DIR",
-        help="a folder with train*.txt (and valid*.txt), .jsonl or .parquet",
+        help="a folder with train*.txt (and valid*.txt), .json, .jsonl, .csv or .parquet",
     )
     text.add_argument("--dataset", metavar="NAME", help=f"{known}, or {any_other}")
 

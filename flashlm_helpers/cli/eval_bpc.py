@@ -6,10 +6,11 @@ from dataclasses import asdict
 from flashlm_helpers.baselines import compressor_baselines, counting_baselines
 from flashlm_helpers.cli.common import add_mixer_flag, add_model_flags, load_or_torch, notice
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.corpus import open_corpus, read_stories
+from flashlm_helpers.corpus import open_corpus
 from flashlm_helpers.evaluation import evaluate
 from flashlm_helpers.machine.numbers import has_bfloat16
 from flashlm_helpers.model import LanguageModel
+from flashlm_helpers.sources.files import read_stories
 from flashlm_helpers.tokens import tokenize
 
 
@@ -19,7 +20,10 @@ def add_parser(commands) -> None:
         "eval-bpc", help="bits per character of a model on a text, beside baselines"
     )
     parser.add_argument(
-        "--text", required=True, metavar="FILE", help="stories, .txt, .jsonl or .parquet"
+        "--text",
+        required=True,
+        metavar="FILE",
+        help="stories: .txt, .json, .jsonl, .csv, .parquet",
     )
     parser.add_argument("--no-baselines", action="store_true", help="the model only")
     add_model_flags(parser)

@@ -127,7 +127,7 @@ def read_json_lines(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         objects = [json.loads(line) for line in lines if line]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FlashLMError(f"cannot read {path} as JSON lines: {one_line(error)}") from error
 
     if not all(isinstance(value, dict) for value in objects):
