@@ -151,10 +151,11 @@ class BPCReport:
     interval: dict | None
 
     def __str__(self) -> str:
-        low, high = self.interval["bpc"] if self.interval else (math.nan, math.nan)
+        interval = " [{:.4f}, {:.4f}]".format(*self.interval["bpc"]) if self.interval else ""
+        stories = "story" if self.n_stories == 1 else "stories"
         return (
-            f"BPC {self.bpc:.4f} [{low:.4f}, {high:.4f}]  BPB {self.bpb:.4f}  "
-            f"{self.nats_per_token:.4f} nats/token over {self.n_stories:,} stories, "
+            f"BPC {self.bpc:.4f}{interval}  BPB {self.bpb:.4f}  "
+            f"{self.nats_per_token:.4f} nats/token over {self.n_stories:,} {stories}, "
             f"{self.n_tokens:,} tokens, {self.n_chars:,} characters"
         )
 

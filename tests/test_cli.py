@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_stories
 
 from flashlm_helpers import autotune, corpus
@@ -21,7 +22,7 @@ from flashlm_helpers.evaluation import evaluate
 from flashlm_helpers.machine.hardware import GIB
 from flashlm_helpers.machine.profile import active_profile
 from flashlm_helpers.runtime import load
-from flashlm_helpers.runtime.bolt import COMPILERS
+from flashlm_helpers.runtime.bolt import COMPILERS, SOURCE
 from flashlm_helpers.sources import hub
 from flashlm_helpers.sources.files import SEPARATOR
 
@@ -281,6 +282,16 @@ def test_resume_is_refused_where_it_cannot_be_exact(run, tmp_path, capsys):
     assert "cannot write" in line
 
 
+def test_resume_says_where_the_text_was(run, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    content = torch.load(run[0] / "last.pt", weights_only=True)
+    content["source"]["text_dir"] = str(tmp_path / "gone")
+    torch.save(content, moved / "last.pt")
+    line = refused(capsys, "train", "--resume", moved, "--epochs", 1)
+    assert f"no longer in {tmp_path / 'gone'}" in line and "--text-dir" in line
+
+
 def test_resume_takes_another_copy_of_the_same_text(run, text_dir, tmp_path, capsys):
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -325,6 +336,10 @@ def test_eval_bpc_works_where_the_training_text_is_gone(run, tmp_path, capsys, m
     assert result["interval"] is None and "unigram" not in result["baselines"]
     assert "not at hand" in notices
 
+    # A single story has no interval.
+    out = said(capsys, "eval-bpc", "--checkpoint", run[0], "--text", tmp_path / "one.txt")
+    assert "nan" not in out and "1 stories" not in out
+
 
 def test_generate_is_reproducible_and_survives_unknown_characters(run, capsys):
     command = ["generate", "--checkpoint", run[0]]
@@ -336,6 +351,43 @@ def test_generate_is_reproducible_and_survives_unknown_characters(run, capsys):
         "prompt", "text", "ids", "surprise", "entropy", "finished", "runtime",
     }  # fmt: skip
     assert len(result["ids"]) == 5 and result["text"].startswith(result["prompt"])
+
+
+def test_a_prompt_is_what_was_typed_whatever_the_locale(run):
+    command = ["generate", "--checkpoint", run[0], "--tokens", 2, "--json"]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run_process(*command, "--prompt", os.fsdecode("Żółw 🐢".encode()), **plain)
+    assert json.loads(done.stdout)["prompt"] == "Żółw 🐢"
+
+    # What is not UTF-8 gets the same words from the program in C.
+    line = "the prompt is not UTF-8: check the encoding of the terminal"
+    assert line in SOURCE.read_text()
+    for environment in (plain, {}):
+        done = run_process(*command, "--prompt", os.fsdecode(b"caf\xe9"), **environment)
+        assert (done.returncode, done.stderr) == (2, f"error: {line}\n")
+
+
+def test_every_runtime_refuses_a_prompt_that_is_not_utf8(run, capsys):
+    for runtime in ("torch", "c", "onnx"):
+        command = ["generate", "--checkpoint", run[0], "--runtime", runtime, "--prompt"]
+        for prompt in ("\udcff", "a\ud83d"):
+            assert "the prompt is not UTF-8" in refused(capsys, *command, prompt)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux")
+def test_folders_may_have_names_that_are_not_utf8(text_dir, tmp_path, capsys):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    for path in text_dir.iterdir():
+        (odd / path.name).write_bytes(path.read_bytes())
+    text = ["--text-dir", odd, "--save-dir", odd / "run"]
+    result, _ = said_json(capsys, "train", *QUICK, *text)
+    assert result["source"]["text_dir"] == str(odd)
+    assert json.loads((odd / "run" / "report.json").read_text())["source"] == result["source"]
+    command = ["eval-bpc", "--checkpoint", odd / "run", "--text"]
+    result, _ = said_json(capsys, *command, odd / "valid.txt")
+    assert "unigram" in result["baselines"]
+    assert "cannot read" in refused(capsys, *command, odd / "gone.txt")
 
 
 # ---- exporting ----
@@ -365,7 +417,7 @@ def test_a_compact_model_is_small_and_scores_and_tells_as_the_whole_one(
 
     # It is no run that can go on, and nothing is overwritten.
     line = refused(capsys, "train", "--resume", out, "--hours", "1")
-    assert "does not say which text" in line
+    assert "without the optimizer state" in line
     line = refused(capsys, "train", "--resume", out, "--hours", 1, "--text-dir", text_dir)
     assert "no optimizer state" in line
     for taken in (folder / "last.pt", tmp_path):
@@ -376,6 +428,12 @@ def test_a_compact_model_is_small_and_scores_and_tells_as_the_whole_one(
     assert str(text_dir).encode() not in out.read_bytes()
     _, notices = said_json(capsys, "eval-bpc", "--checkpoint", out, "--text", text)
     assert "does not say which text" in notices
+
+    # Nor can it be trained further, or read as a text.
+    for path in (out, run[0] / "best.pt"):
+        line = refused(capsys, "train", "--resume", path, "--text-dir", text_dir)
+        assert "without the optimizer state" in line and "last.pt" in line
+    assert "checkpoint" in refused(capsys, "eval-bpc", "--checkpoint", out, "--text", out)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C compiler")
@@ -402,16 +460,21 @@ def test_an_exported_model_is_used_as_a_checkpoint_is(run, text_dir, tmp_path, c
     packed = tmp_path / "model.flashlm"
     info, _ = said_json(capsys, "info", "--checkpoint", packed)
     assert info["bytes"]["checkpoint"] == packed.stat().st_size and info["name"] == "v4-small"
-    for arguments in (
-        ["train", "--resume", packed],
-        ["train", "--resume", tmp_path / "model.onnx"],
-        ["generate", "--checkpoint", tmp_path / "model.onnx", "--runtime", "torch"],
-        ["export", "--checkpoint", tmp_path / "model.onnx", "--out", tmp_path / "a.pt"],
-        ["export", "--checkpoint", run[0], "--out", tmp_path / "a", "--format", "onnx"],
-        ["export", "--checkpoint", run[0], "--out", tmp_path / "a", "--exact"],
-        ["info", "--checkpoint", tmp_path / "model.onnx"],
+    onnx = tmp_path / "model.onnx"
+    for arguments, complaint in (
+        (["train", "--resume", packed], "packed model, which was exported"),
+        (["train", "--resume", onnx], "ONNX model, which was exported"),
+        (["generate", "--checkpoint", onnx, "--runtime", "torch"], "only --runtime onnx"),
+        (["export", "--checkpoint", onnx, "--out", tmp_path / "a.pt"], "ONNX model, which"),
+        (["export", "--checkpoint", packed, "--out", tmp_path / "a.pt"], "packed model, which"),
+        (["export", "--checkpoint", onnx, "--out", tmp_path / "a", "--format", "packed"], "ONNX"),
+        (["export", "--checkpoint", run[0], "--out", tmp_path / "a", "--format", "onnx"], ".onnx"),
+        (["export", "--checkpoint", run[0], "--out", tmp_path / "a", "--exact"], "--exact"),
+        (["info", "--checkpoint", onnx], "ONNX model, which was exported"),
+        (["eval-bpc", "--checkpoint", run[0], "--text", packed], "packed model, not text"),
+        (["eval-bpc", "--checkpoint", run[0], "--text", onnx], "not text"),
     ):
-        refused(capsys, *arguments)
+        assert complaint in refused(capsys, *arguments)
 
 
 def test_info_counts(run, capsys):
@@ -696,7 +759,9 @@ def test_bad_arguments_are_one_line(tmp_path, run, capsys):
         (["eval-bpc", "--checkpoint", run[0], "--text", tmp_path / "none.txt"], "cannot read"),
         (["eval-bpc", "--checkpoint", run[0], "--text", tmp_path / "notes.md"], "holds no story"),
         (["eval-bpc", "--checkpoint", run[0], "--text", tmp_path], "cannot read"),
-        (["info", "--checkpoint", tmp_path / "file"], "cannot be loaded"),
+        (["info", "--checkpoint", tmp_path / "file"], "is no checkpoint"),
+        (["info", "--checkpoint", tmp_path], "no checkpoint in"),
+        (["generate", "--checkpoint", tmp_path], "no checkpoint in"),
         (["generate", "--checkpoint", "x" * 5_000], "too long"),
         (["info", "--checkpoint", ""], "--checkpoint is empty"),
         (["export", "--checkpoint", run[0], "--out", ""], "--out is empty"),

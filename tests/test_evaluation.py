@@ -195,7 +195,7 @@ def test_a_report_is_plain_numbers_for_json():
     assert f"BPC {report.bpc:.4f} [{low:.4f}, {high:.4f}]" in str(report)
 
     single = bits_report(["one"], [np.ones(3)])
-    assert single.interval is None and "[nan, nan]" in str(single)
+    assert single.interval is None and "nan" not in str(single) and "[" not in str(single)
 
 
 # ---- baselines ----

@@ -6,6 +6,7 @@ from pathlib import Path
 from flashlm_helpers.checkpoint import load_checkpoint
 from flashlm_helpers.cli.common import CHECKPOINT_HELP, add_mixer_flag
 from flashlm_helpers.config import FlashLMError
+from flashlm_helpers.runtime import require_checkpoint
 from flashlm_helpers.runtime.compact import save_compact
 
 
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> dict:
         raise FlashLMError(
             f"{args.out} is there already: give the name of a new file, such as model.pt"
         )
+    if args.format == "compact" or Path(args.checkpoint).suffix == ".onnx":
+        require_checkpoint(args.checkpoint)  # the others also take a packed model
     export = {"compact": export_compact, "packed": export_packed, "onnx": export_onnx}
     export[args.format](args)
 

@@ -1,9 +1,11 @@
 """flashlm generate: write a story."""
 
 import argparse
+import os
 from dataclasses import asdict
 
 from flashlm_helpers.cli.common import add_mixer_flag, add_model_flags, load_or_torch
+from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.generation import Sampling, generate
 
 
@@ -47,10 +49,21 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Write one story."""
     # The flags are the fields of Sampling.
+    prompt = decode_prompt(args.prompt)
     model = load_or_torch(args)
     names = ("tokens", "temperature", "top_k", "top_p", "seed")
     settings = {name: getattr(args, name) for name in names}
-    story = generate(model, args.prompt, **settings)[0]
+    story = generate(model, prompt, **settings)[0]
     if not args.json:
         print(story.text)
     return asdict(story) | {"runtime": model.runtime}
+
+
+def decode_prompt(argument: str) -> str:
+    """Return an argument as the text that was typed; raise FlashLMError if that is not UTF-8."""
+    # Python decodes arguments by the locale, which may not be that of the terminal.
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError as error:
+        problem = "the prompt is not UTF-8"
+        raise FlashLMError(f"{problem}: check the encoding of the terminal") from error

@@ -8,6 +8,7 @@ from flashlm_helpers.checkpoint import BEST, load_checkpoint
 from flashlm_helpers.cli.common import CHECKPOINT_HELP, add_mixer_flag, choose_preset
 from flashlm_helpers.config import PRESETS, ModelConfig
 from flashlm_helpers.experiments.size import count_parameters, receptive_field
+from flashlm_helpers.runtime import require_checkpoint
 from flashlm_helpers.runtime.packed import is_packed, load_packed
 
 
@@ -59,6 +60,7 @@ def config_of(path: Path) -> ModelConfig:
     """Read the architecture of a checkpoint or a packed file."""
     if is_packed(path):
         return load_packed(path).network.config
+    require_checkpoint(path)
     return load_checkpoint(path).network.config
 
 

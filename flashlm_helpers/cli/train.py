@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from flashlm_helpers.checkpoint import BEST, LAST, Checkpoint, load_checkpoint
+from flashlm_helpers.checkpoint import BEST, LAST, Checkpoint
 from flashlm_helpers.cli.common import (
     add_mixer_flag,
     add_recipe_flags,
@@ -21,7 +21,8 @@ from flashlm_helpers.corpus import Corpus, open_corpus
 from flashlm_helpers.experiments.experiment import Experiment, RunReport
 from flashlm_helpers.experiments.size import count_parameters
 from flashlm_helpers.generation import generate
-from flashlm_helpers.machine.files import atomic_write, hold_folder, project_dir, require_writable
+from flashlm_helpers.machine.files import atomic_write, project_dir, require_writable
+from flashlm_helpers.runtime import load_to_resume
 
 DEFAULT_HOURS = 2.0
 RECIPE_FLAGS = ["hours", "epochs", "batch", "lr", "dropout", "seed", "patience"]
@@ -80,7 +81,7 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Train, or go on training; print BPC and a story."""
-    resume = load_checkpoint(args.resume, LAST) if args.resume else None
+    resume = load_to_resume(args.resume) if args.resume else None
     recipe = choose_recipe(args, resume)
     model = choose_model(args, resume)
     experiment = Experiment(choose_text(args, resume, recipe), model, recipe)
@@ -182,6 +183,9 @@ def choose_text(args: argparse.Namespace, resume: Checkpoint | None, recipe: Tra
             f"{args.resume} does not say which text it was trained on: resume from the {LAST} of "
             "a run that was started here, or name its text"
         )
+    if source.text_dir and not Path(source.text_dir).is_dir():
+        problem = f"the text of this run is no longer in {source.text_dir}"
+        raise FlashLMError(f"{problem}: say where it is now with --text-dir DIR")
     return open_corpus(source)
 
 

@@ -85,8 +85,10 @@ def _remove_leftovers(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented UTF-8 JSON, atomically."""
+    # Half a character, as a path that is not UTF-8 has it, is escaped as JSON escapes it.
+    content = json.dumps(value, indent=1, ensure_ascii=False)
     with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode())
+        file.write(content.encode("utf-8", "backslashreplace"))
 
 
 def require_writable(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from flashlm_helpers.checkpoint import load_checkpoint
+from flashlm_helpers.checkpoint import BEST, LAST, Checkpoint, load_checkpoint
 from flashlm_helpers.config import FlashLMError, ModelConfig
 from flashlm_helpers.model import FlashLM, LanguageModel
 from flashlm_helpers.runtime.packed import is_packed, load_packed, save_packed
@@ -50,10 +50,44 @@ def load(
     if packed:
         model = load_packed(path)
     else:
+        require_checkpoint(path)
         checkpoint = load_checkpoint(path, build_model=build_model)
         network = checkpoint.network.eval()
         model = PyTorchModel(network, checkpoint.vocabulary, checkpoint.source)
     return model if runtime in (None, "torch") else _convert(model, runtime)
+
+
+def load_to_resume(path: str | Path) -> Checkpoint:
+    """Load the latest checkpoint of a run, or the file that is named.
+
+    Raises FlashLMError if it cannot be used, or lacks what only training needs.
+    """
+    require_checkpoint(path)
+    checkpoint = load_checkpoint(path, LAST)
+    if checkpoint.optimizer is None:
+        problem = f"{path} is a model to use, without the optimizer state that training needs"
+        raise FlashLMError(f"{problem}: resume from the {LAST} of its run")
+    return checkpoint
+
+
+def require_checkpoint(path: str | Path) -> None:
+    """Raise FlashLMError if a path is there, but is plainly no checkpoint."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / BEST).exists() and not (path / LAST).exists():
+            problem = f"there is no checkpoint in {path}, which holds neither {BEST} nor {LAST}"
+            raise FlashLMError(f"{problem}: give a .pt file or a run's folder")
+    elif is_packed(path) or path.suffix == ".onnx":
+        kind = "an ONNX model" if path.suffix == ".onnx" else "a packed model"
+        problem = f"{path} is {kind}, which was exported to be used and holds no more than that"
+        raise FlashLMError(f"{problem}: give the checkpoint that it was made of")
+
+    # A checkpoint is a zip archive; most mistakes are not.
+    elif path.is_file():
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                problem = f"{path} cannot be loaded, for it is no checkpoint"
+                raise FlashLMError(f"{problem}: give a .pt file, a run's folder or a packed model")
 
 
 def _convert(model: PyTorchModel, runtime: str) -> LanguageModel:
