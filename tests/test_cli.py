@@ -418,8 +418,6 @@ def test_a_compact_model_is_small_and_scores_and_tells_as_the_whole_one(
     # It is no run that can go on, and nothing is overwritten.
     line = refused(capsys, "train", "--resume", out, "--hours", "1")
     assert "without the optimizer state" in line
-    line = refused(capsys, "train", "--resume", out, "--hours", 1, "--text-dir", text_dir)
-    assert "no optimizer state" in line
     for taken in (folder / "last.pt", tmp_path):
         line = refused(capsys, "export", "--checkpoint", folder, "--out", taken)
         assert "is there already" in line

@@ -171,27 +171,25 @@ def _sniff(head: bytes) -> str:
 def _read_text(file: TextIO, path: Path) -> Iterator[str]:
     parts = []  # of the story that has not ended yet
     size = 0
-    tail = ""  # its last characters, in which a separator may begin
     while block := file.read(1 << 20):
         if "\0" in block:
             raise FlashLMError(f"{path} is a binary file, not text: give a plain UTF-8 file")
 
-        # Only what is new is searched, so that a long story takes no more time than short ones.
-        *ended, block = (tail + block).split(SEPARATOR)
+        # Only what is new is searched, so that a long story takes no more time than short ones. A
+        # separator across two blocks is left to read_stories(), which splits what it gets again.
+        *ended, rest = block.split(SEPARATOR)
         for story in ended:
             yield "".join([*parts, story])
             parts = []
             size = 0
-        kept = max(0, len(block) - len(SEPARATOR))
-        parts.append(block[:kept])
-        tail = block[kept:]
+        parts.append(rest)
 
         # Memory is for stories, not for a whole library.
-        size += kept
+        size += len(rest)
         if size > LONGEST_STORY:
             problem = f"{path} goes on for {size:,} characters without a line {SEPARATOR}"
             raise FlashLMError(f"{problem}: put one after each story")
-    yield "".join([*parts, tail])
+    yield "".join(parts)
 
 
 def _read_json(file: TextIO, path: Path) -> Iterator[str | None]:
