@@ -1,5 +1,6 @@
 import itertools
 import os
+import shutil
 import signal
 import tempfile
 from dataclasses import asdict, replace
@@ -12,6 +13,9 @@ from flashlm_helpers.config import ModelConfig, TrainConfig
 from flashlm_helpers.corpus import open_corpus
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import build_optimizer
+from flashlm_helpers.runtime.bolt import COMPILERS
+from flashlm_helpers.runtime.packed import save_packed
+from flashlm_helpers.runtime.pytorch import PyTorchModel
 from flashlm_helpers.sources.files import SEPARATOR
 from flashlm_helpers.tokens import prepare
 from flashlm_helpers.training import train
@@ -135,6 +139,33 @@ def stir(network):
             if block.layer_scale is not None:
                 block.layer_scale.normal_(1.0, 0.3)
     return network
+
+
+# What bolt.c can run, and the smallest model that has all of it.
+SMALL = ModelConfig("test", width=32, blocks=2, hidden=48, sequence_length=32, kernel_size=4)
+HYBRID = {"mixers": ("conv", "attention"), "heads": 2, "window": 12, "layer_scale": True}
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C compiler")
+
+
+def lively(vocabulary, **changes):
+    """A SMALL model whose norms differ from one another, and whose guesses are far from even."""
+    torch.manual_seed(0)
+    network = FlashLM(replace(SMALL, vocabulary_size=len(vocabulary), **changes))
+    stir(network).eval()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.RMSNorm):
+                module.weight.normal_(1.0, 0.3)
+        network.norm.weight *= 20
+    return PyTorchModel(network, vocabulary)
+
+
+@pytest.fixture(params=["v4", "hybrid"])
+def packed(request, vocabulary, tmp_path):
+    """A packed file of a model without attention, and of one with it."""
+    model = lively(vocabulary, **(HYBRID if request.param == "hybrid" else {}))
+    save_packed(tmp_path / "m.flashlm", model)
+    return tmp_path / "m.flashlm"
 
 
 @pytest.fixture

@@ -2,20 +2,18 @@
 
 import json
 import random
-import shutil
 import struct
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import stir
+from conftest import HYBRID, SMALL, lively, needs_compiler
 from fuzz_packed import mutate, reseal
-from torch import nn
 
 from flashlm_helpers import registry
 from flashlm_helpers.checkpoint import Checkpoint, save_checkpoint
 from flashlm_helpers.cli.main import main
-from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig
+from flashlm_helpers.config import FlashLMError, TrainConfig
 from flashlm_helpers.corpus import TextSource
 from flashlm_helpers.evaluation import evaluate
 from flashlm_helpers.generation import generate
@@ -34,11 +32,6 @@ from flashlm_helpers.runtime.packed import (
 )
 from flashlm_helpers.runtime.pytorch import PyTorchModel
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, bolt.COMPILERS)), reason="no C compiler"
-)
-SMALL = ModelConfig("test", width=32, blocks=2, hidden=48, sequence_length=32, kernel_size=4)
-HYBRID = {"mixers": ("conv", "attention"), "heads": 2, "window": 12, "layer_scale": True}
 SHAPES = {
     "v4": {},
     "hybrid": HYBRID,
@@ -48,28 +41,9 @@ SHAPES = {
 }
 
 
-def lively(vocabulary, **changes):
-    """A model whose norms differ from one another, and whose guesses are far from even."""
-    torch.manual_seed(0)
-    network = FlashLM(replace(SMALL, vocabulary_size=len(vocabulary), **changes))
-    stir(network).eval()
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.RMSNorm):
-                module.weight.normal_(1.0, 0.3)
-        network.norm.weight *= 20
-    return PyTorchModel(network, vocabulary)
-
-
 @pytest.fixture(params=SHAPES)
 def model(request, vocabulary):
     return lively(vocabulary, **SHAPES[request.param])
-
-
-@pytest.fixture(params=["v4", "hybrid"])
-def packed(request, vocabulary, tmp_path):
-    save_packed(tmp_path / "m.flashlm", lively(vocabulary, **SHAPES[request.param]))
-    return tmp_path / "m.flashlm"
 
 
 # The file

@@ -52,6 +52,9 @@ enum {
     GROUPS_AT_ONCE = 16,     // tables of 16 texts at a time: 32 KB, for the fastest cache
 };
 
+// The logit of an id that is never written. Infinity would do, but not with -ffast-math.
+static const float EXCLUDED = -3e38f;
+
 // The file format, and the limits that packed.py keeps to.
 enum {
     VERSION = 1,
@@ -283,8 +286,11 @@ INLINE float sum_lanes(vec v) {
 INLINE vec exponential(vec x) {
     x = at_most(at_least(x, -87.0f), 88.0f);
 
-    // Floats from 2^23 on have no fractions, so adding 1.5 * 2^23 rounds.
-    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    // Floats from 2^23 on have no fractions, so adding 1.5 * 2^23 rounds. We take it off again as
+    // integers: as floats, -ffast-math would leave out both, and with them the rounding.
+    const float big = 12582912.0f;
+    ivec whole = (ivec)(x * 1.44269504f + big) - (ivec)splat(big);
+    vec n = __builtin_convertvector(whole, vec);
 
     // r = x - n ln 2, in two parts, as the first is exact.
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -298,7 +304,7 @@ INLINE vec exponential(vec x) {
     p = p * r * r + r + 1.0f;
 
     // An exponent of n, and no fraction, is 2^n.
-    return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+    return p * (vec)((whole + 127) << 23);
 }
 
 // 1 / sqrt(x) of positive, normal numbers: a guess from the exponent, then Newton's method.
@@ -745,7 +751,7 @@ INLINE void step_body(bolt_state *s, const uint16_t *ids, float *logits, const k
     // What fills up a row is no id.
     for (int t = 0; t < B; t++)
         for (int v = m->header.vocabulary_size; v < m->row; v++)
-            logits[(size_t)t * m->row + v] = -__builtin_inff();
+            logits[(size_t)t * m->row + v] = EXCLUDED;
 }
 
 INLINE void step_any(bolt_state *s, const uint16_t *ids, float *logits, const kernels *k) {
@@ -782,6 +788,8 @@ INLINE float largest(const float *x, int count) {
 
 // weights = exp((x - top) / temperature); returns their sum.
 INLINE float weigh_ids(const float *x, int count, float top, float temperature, float *weights) {
+    // Above this, all ids are as likely as one another, but for those that are excluded.
+    if (!(temperature < 1e30f)) temperature = 1e30f;
     const float factor = 1 / temperature;
     vec sum = {0};
     for (int i = 0; i < count; i += LANES) {
@@ -797,7 +805,7 @@ INLINE double log_sum(const float *x, int count, float top, float *entropy) {
     vec sum = {0};
     vec weighted = {0};
 
-    // An excluded id is infinitely far below; e^-87 is 0 for all that matters, and -87 is a number.
+    // An excluded id is very far below; e^-87 is 0 for all that matters, and times -87 as well.
     for (int i = 0; i < count; i += LANES) {
         vec below = at_least(load(x + i) - top, -87.0f);
         vec weight = exponential(below);
@@ -842,11 +850,12 @@ static void swap(candidate *a, candidate *b) {
 // returns how many. This is quicksort that goes on only on the side where the border is, since
 // sorting all of them would take longer than the model does.
 static int keep_likeliest(candidate *all, int count, int number, float enough) {
-    // Those before `from` are kept, those at `to` and behind are not; the rest is open.
+    // Those before `from` are kept, those at `to` and behind are not; the rest is open. Each round
+    // settles one at least; we count, as a damaged model may have weights that are no numbers.
     int from = 0;
     int to = count;
     float kept = 0;
-    while (from < to && from < number && kept < enough) {
+    for (int rounds = 0; rounds < count && from < to && from < number && kept < enough; rounds++) {
         // Those above the pivot come first.
         float pivot = all[from + (to - from) / 2].weight;
         float above = 0;
@@ -948,7 +957,7 @@ INLINE int greedy(const bolt_model *m, const float *logits, float top) {
 // settings are.
 INLINE int choose_body(sampler *s, float *logits, uint64_t *seed) {
     // These are never written.
-    logits[PAD] = logits[UNK] = logits[BOS] = -__builtin_inff();
+    logits[PAD] = logits[UNK] = logits[BOS] = EXCLUDED;
 
     const int row = s->model->row;
     float top = largest(logits, row);
@@ -966,8 +975,8 @@ INLINE float score_body(const bolt_model *m, const float *logits, int id) {
 /* ---- kernels: all of the above, for each kind of processor --------------------------------- */
 
 /* There are three kinds: "portable" runs anywhere, "avx2" and "avx512" run on x86-64. Each has
- * three functions of its own for the innermost loops, and three that compile the bodies above for
- * it: the target of a function is also that of everything inlined into it.
+ * three functions of its own for the innermost loops, and three that KERNELS() compiles for it from
+ * the bodies above: the target of a function is also that of everything inlined into it.
  *
  *     look_up         y (rows) = sums that the codes of one text find in its tables
  *     look_up_16      the same for 16 texts: y (rows, 16)
@@ -1051,25 +1060,24 @@ static inline void add_products_portable(ivec *sums, const int8_t *cell, int odd
     *sums += first * (int16_t)pair + second * (pair >> 16);
 }
 
-// Defined below, once its functions are.
-static const kernels portable;
+// The bodies above, and all that is inlined into them, for one kind of processor; then its kernels.
+#define KERNELS(kind, TARGET)                                                                   \
+    static const kernels kind;                                                                  \
+    TARGET static void step_##kind(bolt_state *s, const uint16_t *ids, float *logits) {         \
+        step_any(s, ids, logits, &kind);                                                        \
+    }                                                                                           \
+    TARGET static int choose_##kind(sampler *s, float *logits, uint64_t *seed) {                \
+        return choose_body(s, logits, seed);                                                    \
+    }                                                                                           \
+    TARGET static float score_##kind(const bolt_model *m, const float *logits, int id) {        \
+        return score_body(m, logits, id);                                                       \
+    }                                                                                           \
+    static const kernels kind = {                                                               \
+        #kind, look_up_##kind, look_up_16_##kind, add_products_##kind,                          \
+        step_##kind, choose_##kind, score_##kind,                                               \
+    };
 
-static void step_portable(bolt_state *s, const uint16_t *ids, float *logits) {
-    step_any(s, ids, logits, &portable);
-}
-
-static int choose_portable(sampler *s, float *logits, uint64_t *seed) {
-    return choose_body(s, logits, seed);
-}
-
-static float score_portable(const bolt_model *m, const float *logits, int id) {
-    return score_body(m, logits, id);
-}
-
-static const kernels portable = {
-    "portable", look_up_portable, look_up_16_portable, add_products_portable,
-    step_portable, choose_portable, score_portable,
-};
+KERNELS(portable, )
 
 #if defined(__x86_64__)
 #define AVX2 __attribute__((target("avx2,fma")))
@@ -1127,24 +1135,7 @@ AVX2 static inline void add_products_avx2(ivec *sums, const int8_t *cell, int od
     }
 }
 
-static const kernels avx2;
-
-AVX2 static void step_avx2(bolt_state *s, const uint16_t *ids, float *logits) {
-    step_any(s, ids, logits, &avx2);
-}
-
-AVX2 static int choose_avx2(sampler *s, float *logits, uint64_t *seed) {
-    return choose_body(s, logits, seed);
-}
-
-AVX2 static float score_avx2(const bolt_model *m, const float *logits, int id) {
-    return score_body(m, logits, id);
-}
-
-static const kernels avx2 = {
-    "avx2", look_up_avx2, look_up_16_avx2, add_products_avx2,
-    step_avx2, choose_avx2, score_avx2,
-};
+KERNELS(avx2, AVX2)
 
 // A whole table fits two registers, and one instruction looks up 16 codes. Four tiles at a time
 // hide how long an addition takes.
@@ -1182,24 +1173,7 @@ AVX512 static inline void add_products_avx512(ivec *sums, const int8_t *cell, in
     *sums += (ivec)_mm512_madd_epi16(weights, _mm512_set1_epi32(pair));
 }
 
-static const kernels avx512;
-
-AVX512 static void step_avx512(bolt_state *s, const uint16_t *ids, float *logits) {
-    step_any(s, ids, logits, &avx512);
-}
-
-AVX512 static int choose_avx512(sampler *s, float *logits, uint64_t *seed) {
-    return choose_body(s, logits, seed);
-}
-
-AVX512 static float score_avx512(const bolt_model *m, const float *logits, int id) {
-    return score_body(m, logits, id);
-}
-
-static const kernels avx512 = {
-    "avx512", look_up_avx512, look_up_16_avx512, add_products_avx512,
-    step_avx512, choose_avx512, score_avx512,
-};
+KERNELS(avx512, AVX512)
 
 static int has_avx2(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -1263,10 +1237,14 @@ static uint32_t checksum(const uint8_t *data, size_t size) {
     return ~c;
 }
 
-// NaN and infinity are the only floats whose difference from themselves is not 0.
+// NaN and infinity are the floats whose exponent has all bits set. Comparisons could not tell:
+// -ffast-math takes it that there are none.
 static int all_finite(const float *x, size_t count) {
-    for (size_t n = 0; n < count; n++)
-        if (!(x[n] - x[n] == 0)) return 0;
+    for (size_t n = 0; n < count; n++) {
+        uint32_t bits;
+        memcpy(&bits, x + n, sizeof bits);
+        if ((bits & 0x7F800000) == 0x7F800000) return 0;
+    }
     return 1;
 }
 
@@ -1676,9 +1654,9 @@ const char *bolt_kernels(const bolt_model *m) { return m->run->name; }
 // Zeros that start where a cache line does.
 static float *new_floats(size_t count) {
     size_t bytes = round_up(sizeof(float) * count, ALIGNMENT);
-    float *floats = aligned_alloc(ALIGNMENT, bytes);
-    if (floats) memset(floats, 0, bytes);
-    return floats;
+    void *floats;
+    if (posix_memalign(&floats, ALIGNMENT, bytes)) return NULL;
+    return memset(floats, 0, bytes);
 }
 
 void bolt_end(bolt_state *s) {
