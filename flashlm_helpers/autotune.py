@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flashlm_helpers.config import TrainConfig
-from flashlm_helpers.machine.compiler import compile_failure, has_cxx_compiler
+from flashlm_helpers.machine.compiler import compile_failure, compile_obstacle
 from flashlm_helpers.machine.measuring import measure_batches
 from flashlm_helpers.machine.notices import notice
 from flashlm_helpers.machine.numbers import has_bfloat16
@@ -32,9 +32,9 @@ def compile_network(network: nn.Module, bfloat16: bool | None) -> str | None:
 
     Returns None, or one line on why the network was left eager.
     """
-    # Without a C++ compiler, do not even begin.
-    if not has_cxx_compiler():
-        return "a C++ compiler, such as g++, would make it a third faster"
+    # Where it cannot work, do not even begin.
+    if obstacle := compile_obstacle():
+        return obstacle
 
     # One step of a copy, in which a failure is an error.
     torch._dynamo.config.recompile_limit = 64  # programs per function: by mixer, batch and use

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -465,9 +466,16 @@ def test_mistakes_are_one_line_and_status_2(words, program, packed):
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHLM_HOME", str(tmp_path))
-    runtime.library.cache_clear()
+    own_compiler(tmp_path, 'exec cc "$@" -O0', monkeypatch)  # in a second or two
+    forget()
     yield tmp_path
+    forget()
+
+
+def forget():
+    """What a process that starts does not know."""
     runtime.library.cache_clear()
+    runtime._compile.cache_clear()
 
 
 def test_without_a_compiler_it_says_what_to_do(unbuilt, monkeypatch):
@@ -477,17 +485,89 @@ def test_without_a_compiler_it_says_what_to_do(unbuilt, monkeypatch):
         runtime.library()
 
 
-def test_a_compiler_that_fails_is_one_line(unbuilt, monkeypatch):
-    broken = unbuilt / "broken-cc"
-    broken.write_text("#!/bin/sh\necho 'first line\nsecond line' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    with pytest.raises(RuntimeUnavailable, match="cannot build bolt.c .first line second line"):
+def own_compiler(folder, script, monkeypatch):
+    path = folder / "own-cc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("first line\nsecond line", "first line second line"),
+        ("x.c: note: the ABI has changed\nx.c:2: error: no such type", "no such type"),
+    ],
+)
+def test_a_compiler_that_fails_is_one_line(said, reason, unbuilt, monkeypatch):
+    own_compiler(unbuilt, f"echo '{said}' >&2; exit 1", monkeypatch)
+    with pytest.raises(RuntimeUnavailable, match=f"cannot build bolt.c .{reason}"):
         runtime.library()
-    assert not list((unbuilt / "data" / "compiled").iterdir())
+    assert not list(unbuilt.rglob("*.so"))
 
 
 @needs_compiler
 def test_a_cache_that_cannot_be_written_is_done_without(unbuilt):
     (unbuilt / "data").write_text("in the way")
     assert runtime.library().bolt_open
+
+
+LOAD = "from flashlm_helpers.runtime.bolt import library; assert library().bolt_open"
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_anew(unbuilt):
+    runtime.library()
+    (kept,) = unbuilt.rglob("*.so")
+    whole = kept.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (b"", whole[:5_000], whole[: len(whole) // 2], whole[:-1], bytes(flipped)):
+        # Not into the file that this process has mapped.
+        kept.unlink()
+        kept.write_bytes(damaged)
+        runtime.library.cache_clear()
+        assert runtime.library().bolt_open
+        assert kept.read_bytes() == whole
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+@needs_compiler
+def test_a_library_in_a_folder_that_runs_no_programs_is_loaded_from_another(unbuilt, monkeypatch):
+    def load(path):
+        if path.startswith(str(unbuilt)):
+            raise OSError("failed to map segment from shared object")
+        return real(path)
+
+    real = runtime.ctypes.CDLL
+    monkeypatch.setattr(runtime.ctypes, "CDLL", load)
+    assert runtime.library().bolt_open
+
+    # If it runs nowhere, that is one line.
+    runtime.library.cache_clear()
+    monkeypatch.setattr(runtime, "_temporary_folder", lambda: SimpleNamespace(name=str(unbuilt)))
+    with pytest.raises(RuntimeUnavailable, match="cannot be loaded .failed to map segment from"):
+        runtime.library()
+
+
+@needs_compiler
+def test_several_processes_may_build_at_once(unbuilt):
+    command = [sys.executable, "-c", LOAD]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    (kept,) = (unbuilt / "data" / "compiled").iterdir()
+    assert kept.suffix == ".so"
+
+
+@needs_compiler
+def test_a_link_in_the_place_of_the_library_is_replaced(unbuilt):
+    runtime.library()
+    (kept,) = unbuilt.rglob("*.so")
+    elsewhere = unbuilt / "precious"
+    elsewhere.write_text("mine")
+    kept.unlink()
+    kept.symlink_to(elsewhere)
+    runtime.library.cache_clear()
+    assert runtime.library().bolt_open
+    assert elsewhere.read_text() == "mine"
+    assert not kept.is_symlink()

@@ -9,6 +9,7 @@ import torch
 from conftest import fresh, interrupt_at, quiet
 
 import flashlm_helpers as fl
+from flashlm_helpers.autotune import compile_network
 from flashlm_helpers.cli.common import choose_preset
 from flashlm_helpers.config import FlashLMError, TrainConfig
 from flashlm_helpers.experiments.experiment import Experiment
@@ -147,9 +148,9 @@ def test_freed_memory_is_used_again_without_asking_the_system():
 # ---- the compiler ----
 
 
-@pytest.mark.parametrize("obstacle", ["a file", "a space"])
+@pytest.mark.parametrize("obstacle", ["a file", "a space", "it's", "a\\b"])
 def test_programs_are_kept_elsewhere_where_they_cannot_be_in_data(tmp_path, monkeypatch, obstacle):
-    home = tmp_path / ("home" if obstacle == "a file" else "my home")
+    home = tmp_path / ("home" if obstacle == "a file" else obstacle)
     (home / "data").mkdir(parents=True)
     if obstacle == "a file":
         (home / "data" / "compiled").write_text("")
@@ -183,6 +184,31 @@ def test_a_compiler_is_looked_for_by_every_name(monkeypatch):
     assert has_cxx_compiler() is False
     monkeypatch.setenv("CXX", "my-c++")
     assert has_cxx_compiler() is True
+
+
+@pytest.mark.parametrize("name", ["my folder", "it's", 'a"b', "a\\b", "a\tb"])
+@pytest.mark.parametrize("place", ["torch", "cache"])
+def test_a_folder_that_breaks_the_compiler_is_named_before_it_is_tried(name, place, monkeypatch):
+    monkeypatch.setattr(compiler, "has_cxx_compiler", lambda: True)
+    assert compiler.compile_obstacle() is None
+    if place == "torch":
+        monkeypatch.setattr(torch, "__file__", f"/{name}/torch/__init__.py")
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"/{name}/torch")
+    told = compile_network(torch.nn.Linear(2, 2), False)
+    wanted = "torch.compile needs a folder without spaces and quotes in its name: "
+    assert told == f"{wanted}/{name}/torch"
+
+
+def test_a_folder_with_other_signs_is_no_obstacle(monkeypatch):
+    monkeypatch.setattr(compiler, "has_cxx_compiler", lambda: True)
+    monkeypatch.setattr(torch, "__file__", "/$x%#é&;()*[a],b=c:d/torch/__init__.py")
+    assert compiler.compile_obstacle() is None
+
+
+def test_a_compilers_reason_is_found_behind_its_notes():
+    said = "x.c: In function 'f':\nx.c:1: note: the ABI has changed\nx.c:2: error: no such thing\n"
+    assert compiler.complaint(said) == "no such thing"
 
 
 def test_a_failure_to_compile_is_one_short_line():

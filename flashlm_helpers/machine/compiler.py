@@ -3,7 +3,12 @@
 import os
 import re
 import shutil
+import sysconfig
+import tempfile
 from contextlib import suppress
+from pathlib import Path
+
+import torch
 
 from flashlm_helpers.machine.files import one_line, project_dir
 
@@ -16,24 +21,47 @@ def has_cxx_compiler() -> bool:
     return any(shutil.which(name) for name in names)
 
 
+def compile_obstacle() -> str | None:
+    """Return one line on why torch.compile cannot work here, without trying it; None if it can."""
+    if not has_cxx_compiler():
+        return "a C++ compiler, such as g++, would make it a third faster"
+
+    # Each command names these.
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    for folder in (Path(torch.__file__).parent, sysconfig.get_path("include"), cache):
+        if _breaks_commands(folder):
+            return f"torch.compile needs a folder without spaces and quotes in its name: {folder}"
+    return None
+
+
+def _breaks_commands(folder: str | Path) -> bool:
+    """Return whether PyTorch, which cuts its commands as a shell does, would cut this name."""
+    return re.search(r"""[\s'"\\]""", str(folder)) is not None
+
+
 def use_compile_cache() -> None:
     """Keep in data/compiled what torch.compile builds, so that later runs start sooner.
 
     Call it before the first optimizer is made: that loads the compiler, which looks for its
     folder only once. PyTorch's own choice, a temporary folder, stays where ours cannot be
-    written, or has a space in its name, which breaks the compiler's commands.
+    written, or its name breaks the compiler's commands.
     """
     folder = (project_dir() / "data" / "compiled").resolve()
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
 
     writable = folder.is_dir() and os.access(folder, os.W_OK)
-    if writable and " " not in str(folder):
+    if writable and not _breaks_commands(folder):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def compile_failure(error: Exception) -> str:
     """Return one line on why torch.compile failed."""
-    cause = re.search(r"\berror: (.+)", str(error))  # a compiler says it below its long command
+    return f"torch.compile failed: {complaint(error)}"
+
+
+def complaint(error: Exception | str) -> str:
+    """Return in a line what a compiler complains of, without commands, notes and warnings."""
+    cause = re.search(r"\berror: (.+)", str(error))
     reason = cause[1] if cause else one_line(error)
-    return f"torch.compile failed: {reason[:160]}"
+    return reason[:160]

@@ -16,7 +16,7 @@ from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.machine.locks import hold_lock
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """Return an exception's message without line breaks, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 

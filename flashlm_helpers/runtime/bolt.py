@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,15 @@ import numpy as np
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.corpus import TextSource
 from flashlm_helpers.generation import Prompts, Sampling, Story
-from flashlm_helpers.machine.files import one_line, project_dir, require_writable
+from flashlm_helpers.machine.compiler import complaint
+from flashlm_helpers.machine.files import atomic_write, one_line, project_dir
 from flashlm_helpers.machine.hardware import usable_cores
 from flashlm_helpers.runtime.packed import LANES, load_vocabulary
 from flashlm_helpers.vocab import EOS
 
 SOURCE = Path(__file__).with_name("bolt.c")
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-shared", "-fPIC", "-DBOLT_LIBRARY")
+FLAGS = ("-O3", "-shared", "-fPIC", "-DBOLT_LIBRARY", "-Wno-psabi")
 
 # From so many stories on, LANES side by side are faster than one after another.
 MIN_STORIES_TO_BATCH = 10
@@ -73,29 +74,22 @@ class _Settings(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """Return bolt.c as a library; it is built into data/compiled if it is not there yet.
 
-    Where that folder cannot be written, it is built into a temporary one.
+    Where that folder cannot be written, or no program may be loaded from it, a temporary one does.
     Raises RuntimeUnavailable, in one line, if there is no C compiler or it fails.
     """
-    # Another source, compiler flag or machine has another file.
-    built_from = (SOURCE.read_bytes(), FLAGS, platform.machine(), sys.platform)
-    key = hashlib.sha256(repr(built_from).encode()).hexdigest()[:16]
-    folder = project_dir() / "data" / "compiled"
-    path = folder / f"bolt-{key}.so"
-    if not path.is_file():
+    kept = project_dir() / "data" / "compiled"
+    for folder in (kept, Path(_temporary_folder().name)):
         try:
-            require_writable(folder)
-        except FlashLMError:
-            path = Path(_temporary_folder().name) / path.name
-        _build(path)
-
-    # A library that was built on another machine may not load here.
-    try:
-        bolt = ctypes.CDLL(str(path))
-    except OSError as error:
-        reason = one_line(error)[:160]
-        raise RuntimeUnavailable(f"the C runtime cannot be loaded ({reason})") from error
-    _declare_all(bolt)
-    return bolt
+            path = _built(folder)
+            bolt = ctypes.CDLL(str(path))
+        except RuntimeUnavailable:
+            raise
+        except (FlashLMError, OSError) as error:
+            reason = one_line(error)[:160]
+            continue
+        _declare_all(bolt)
+        return bolt
+    raise RuntimeUnavailable(f"the C runtime cannot be loaded ({reason})")
 
 
 def _declare_all(bolt: ctypes.CDLL) -> None:
@@ -129,29 +123,54 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="flashlm-", ignore_cleanup_errors=True)
 
 
-def _build(path: Path) -> None:
-    """Compile bolt.c to `path`, atomically."""
+def _built(folder: Path) -> Path:
+    """Return the library in this folder, and build it if it is not there or is damaged.
+
+    Raises RuntimeUnavailable without a compiler, FlashLMError if the folder cannot be written.
+    """
+    # Another source, compiler flag or machine has another file.
+    built_from = (SOURCE.read_bytes(), FLAGS, platform.machine(), sys.platform)
+    key = hashlib.sha256(repr(built_from).encode()).hexdigest()[:16]
+
+    # Loading a file that was cut off ends the process, so the name says what is in it.
+    for path in folder.glob(f"bolt-{key}-*.so"):
+        with suppress(OSError):
+            if path.name == _library_name(key, path.read_bytes()):
+                return path
+
+    # Other processes may build at the same time: each puts a whole file in its place.
+    library = _compile()
+    path = folder / _library_name(key, library)
+    with atomic_write(path) as file:
+        file.write(library)
+    return path
+
+
+def _library_name(key: str, library: bytes) -> str:
+    return f"bolt-{key}-{hashlib.sha256(library).hexdigest()[:16]}.so"
+
+
+@functools.cache
+def _compile() -> bytes:
+    """Compile bolt.c; raise RuntimeUnavailable, in one line, if that cannot be done."""
     # The first one that is there; $CC goes before the usual names.
     names = [os.environ.get("CC", ""), *COMPILERS]
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         raise RuntimeUnavailable("there is no C compiler (install gcc or clang to have one)")
 
-    # A file under its final name is complete.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
+    # Nothing is run from this folder.
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "bolt.so"
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            complaint = done.stderr if done.returncode else ""
+            reason = complaint(done.stderr)
+            if done.returncode == 0:
+                return built.read_bytes()
         except OSError as error:
-            complaint = str(error)
-
-        # Compilers complain at length; the start says what is wrong.
-        if complaint or not built.is_file():
-            reason = " ".join(complaint.split())[:160]
-            raise RuntimeUnavailable(f"{compiler} cannot build bolt.c ({reason})")
-        os.replace(built, path)
+            reason = one_line(error)
+    raise RuntimeUnavailable(f"{compiler} cannot build bolt.c ({reason})")
 
 
 # ---- a model ----
