@@ -9,7 +9,10 @@ it is first used. `flashlm --help` is the command line.
 
 import importlib
 
+from flashlm_helpers.machine.network import keep_to_ourselves
+
 __version__ = "0.2.0"
+keep_to_ourselves()  # before anything below imports a library
 
 _NAMES = {
     "config": "FlashLMError ModelConfig TrainConfig PRESETS",

