@@ -4,15 +4,15 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flashlm_helpers import builtin
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.sources.folders import find_stories, read_folder, state_of
-from flashlm_helpers.sources.hub import HUB, HUB_NAME, HubDataset, choose_reachable, open_split
+from flashlm_helpers.sources.files import find_stories, read_stories
+from flashlm_helpers.sources.hub import HUB, HubText, choose_text, find_dataset
 from flashlm_helpers.sources.splits import hold_out, is_held_out
 
 SPLITS = ("train", "valid")
@@ -26,16 +26,14 @@ class TextSource:
     dataset: str | None = None
     text_dir: str | None = None
     limit: int | None = None  # training stories
+    revision: str | None = None  # the hub's commit that a run has read, to be told, not chosen
 
     @classmethod
     def from_dict(cls, content: dict) -> "TextSource | None":
         """Read what asdict() gave, also in an earlier version; return None if it names no text."""
-        dataset = content.get("dataset")
-        text_dir = content.get("text_dir")
-        # Earlier versions kept the size of the vocabulary here, too.
-        if dataset or text_dir:
-            return cls(dataset, text_dir, content.get("limit"))
-        return None
+        # Earlier versions kept the size of the vocabulary here, too, and no revision.
+        source = cls(*[content.get(field.name) for field in fields(cls)])
+        return source if source.dataset or source.text_dir else None
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Corpus:
     """An open text.
 
     name: for people, and for the names of caches. key: changes whenever the text does, so caches
-    are keyed by it. read: yields the stories of "train" or "valid". source: how to open the text
-    again; None if that is impossible.
+    are keyed by it. read: yields the stories of "train" or "valid"; its `revision`, if it has one,
+    is that of the text on the hub. source: how to open the text again; None if that is impossible.
     """
 
     name: str
@@ -69,9 +67,9 @@ def open_corpus(text: Any = "auto", limit: int | None = None) -> Corpus:
       - "tinystories", "simplestories", "fineweb-edu": data sets of the hub;
       - "owner/name", "owner/name:config", "owner/name:config:field": any data set of the hub;
       - "builtin": the built-in story generator;
-      - "auto": TinyStories, or "builtin" if the hub does not answer within 5 seconds;
-      - a folder that holds train*, and perhaps valid*, val* or dev*, in any format of
-        read_stories();
+      - "auto": TinyStories, or "builtin" if it was not prepared here before and the hub does not
+        answer within 5 seconds;
+      - a folder that holds train*, and perhaps valid*, as .txt, .jsonl or .parquet;
       - strings: any iterable, read once into memory, or {"train": strings, "valid": strings};
       - a TextSource, as a checkpoint holds it, or a Corpus, which is returned as it is.
     limit: take only the first `limit` training stories (of the generator: make that many).
@@ -101,39 +99,18 @@ def open_corpus(text: Any = "auto", limit: int | None = None) -> Corpus:
 def _open_named(name: str, limit: int | None) -> Corpus:
     # A checkpoint must name what "auto" became: it may become something else tomorrow.
     if name == "auto":
-        name = choose_reachable()
+        name = choose_text(_key("tinystories", HUB["tinystories"], limit))
     if name == "builtin":
         return _open_builtin(limit)
 
     # A folder comes before a data set of the hub, whose name looks like a path.
-    match = HUB_NAME.fullmatch(name)
-    if name in HUB:
-        dataset = HUB[name]
-    elif os.path.isdir(name):
+    if name not in HUB and os.path.isdir(name):
         return _open_folder(Path(name), limit)
-    elif match:
-        path, subset, field = match.groups()
-        dataset = HubDataset(path, subset or None, field=field or None)
-    else:
-        known = f"auto, builtin, {', '.join(HUB)}"
-        others = "any data set of the hub as owner/name, or a folder that holds train*.txt"
-        raise FlashLMError(f"there is no text {name!r}: give {known}, {others}")
+    dataset = find_dataset(name)
 
-    # Caches are keyed by the place on the hub: what is there is taken to stay the same.
+    # Caches are keyed by the place on the hub: they keep, and name, the revision they are of.
     key = _key(name, dataset, limit)
-    read = partial(_read_hub, dataset, limit)
-    return Corpus(name, key, read, TextSource(name, None, limit))
-
-
-def _read_hub(dataset: HubDataset, limit: int | None, split: str) -> Iterator[str]:
-    stories, own = open_split(dataset, split)
-
-    # Without a validation split, hold out a thousand stories, and not one in twenty of millions.
-    if split == "valid":
-        limit = None if own else BUILTIN_STORIES["valid"]
-    if not own:
-        stories = hold_out(stories, split)
-    return itertools.islice(stories, limit)
+    return Corpus(name, key, HubText(dataset, limit), TextSource(name, None, limit))
 
 
 def _key(*parts) -> str:

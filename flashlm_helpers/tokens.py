@@ -50,6 +50,7 @@ class TokenFile:
             self.n_tokens = header["tokens"]
             self.n_stories = header["stories"]
             self.n_bytes = header["bytes"]  # of the stories as UTF-8
+            self.revision = header.get("revision")  # of the text on the hub; None if unknown
             size = self.path.stat().st_size
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"{path} is not a token file"
@@ -67,14 +68,21 @@ class TokenFile:
 
     @classmethod
     def build(
-        cls, path: Path, identity: dict, stories: Iterable[str], vocabulary: Vocabulary
+        cls,
+        path: Path,
+        identity: dict,
+        stories: Iterable[str],
+        vocabulary: Vocabulary,
+        revision: str | None = None,
     ) -> "TokenFile":
         """Tokenize `stories` in parallel into a new file, atomically, and open it.
 
+        revision: of the text on the hub, if it has one.
         Raises FlashLMError if there is no story or the file cannot be written.
         """
         split = identity["split"]
         header = {"magic": _MAGIC, "identity": identity, "tokens": 0, "stories": 0, "bytes": 0}
+        header["revision"] = revision
         title = f"tokenizing {split}"
         bar = tqdm(desc=title, unit=" stories", mininterval=0.5, file=LenientStream())
         with bar, atomic_write(path) as file:
@@ -225,8 +233,11 @@ def tokenize(
         try:
             return TokenFile(path, identity)
         except FlashLMError:
-            notice(f"{path} is damaged: building it anew")
-    return TokenFile.build(path, identity, corpus.stories(split), vocabulary)
+            print(f"{path} is damaged: building it anew", file=sys.stderr)
+
+    stories = corpus.stories(split)
+    revision = getattr(corpus.read, "revision", None)
+    return TokenFile.build(path, identity, stories, vocabulary, revision)
 
 
 def _cache_path(corpus: Corpus, ending: str, data_dir: Path | None) -> Path:

@@ -1,13 +1,15 @@
 """A hub on this machine that Hugging Face's own client talks to, for tests without a network.
 
 It serves FOLDER/owner/name/... by as much of the hub's protocol as streaming a data set needs:
-which data sets and files there are, and ranges of their bytes.
+which data sets and files there are, and ranges of their bytes. What goes wrong with hubs can be
+asked for, as attributes of what local_hub() yields.
 """
 
 import hashlib
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -21,10 +23,28 @@ QUESTION = re.compile(r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/(tree|resolve|revisi
 
 
 class LocalHub(BaseHTTPRequestHandler):
+    """A hub that is well; a test sets the attributes of the class to make it ill."""
+
     folder = None
+    commit = COMMIT
+    delay = 0.0  # seconds before each answer
+    page = None  # (status, body) of an error page in place of every answer
+    page_for_files = None  # the same, in place of files only
+    gated = None  # the status that refuses the files
+    cut = None  # a file ends after so many bytes of each answer, and the connection with it
+    gone = False  # connections are closed without an answer
+    asked = ()  # paths, if it is a list
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
+        if isinstance(self.asked, list):
+            self.asked.append(self.path)
+        time.sleep(self.delay)
+        if self.gone:
+            self.close_connection = True
+            return None
+        if self.page:
+            return self.answer(self.page[1], self.page[0], {"Content-Type": "text/html"})
         question = QUESTION.fullmatch(unquote(self.path.partition("?")[0]))
         root = self.folder / question[1] if question else None
         if not root or not root.is_dir():
@@ -35,22 +55,32 @@ class LocalHub(BaseHTTPRequestHandler):
             self.answer({}, 404, {"X-Error-Code": "EntryNotFound"})
         elif question[2] == "tree":
             self.answer([describe(root, found) for found in sorted(place.iterdir())])
+        elif question[2] == "resolve" and self.page_for_files:
+            status, page = self.page_for_files
+            self.answer(page, status, {"Content-Type": "text/html"})
+        elif question[2] == "resolve" and self.gated:
+            self.answer({}, self.gated, {"X-Error-Code": "GatedRepo"})
         elif question[2] == "resolve":
             self.answer_range(place.read_bytes())
         else:
-            self.answer({"id": question[1], "sha": COMMIT, "tags": [], "siblings": []})
+            self.answer({"id": question[1], "sha": self.commit, "tags": [], "siblings": []})
 
     do_HEAD = do_GET
 
     def answer(self, content, status=200, headers=None):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        headers = {"Content-Length": len(body), "X-Repo-Commit": COMMIT} | (headers or {})
+        own = {"Content-Length": len(body), "X-Repo-Commit": self.commit}
+        headers = own | (headers or {})
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if self.cut is not None and isinstance(content, bytes) and len(body) > self.cut:
+            body = body[: self.cut]
+            self.close_connection = True
+        self.wfile.write(body)
 
     def answer_range(self, content):
         tag = hashlib.sha1(content).hexdigest()
@@ -75,7 +105,10 @@ def describe(root, place):
 
 @contextmanager
 def local_hub(folder):
-    """Let this process's client talk to a hub that serves `folder`, and keep its cache there."""
+    """Let this process's client talk to a hub that serves `folder`, and keep its cache there.
+
+    Yields the hub's class, whose attributes say how it behaves, and its `address`.
+    """
     handler = type("Handler", (LocalHub,), {"folder": folder})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -89,5 +122,7 @@ def local_hub(folder):
         patch.setattr(constants, "ENDPOINT", address)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / ".cache"))
-        yield
+        handler.address = address
+        yield handler
     server.shutdown()
+    server.server_close()

@@ -258,6 +258,11 @@ def write_jsonl(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
+@pytest.fixture(autouse=True)
+def nothing_prepared(home):
+    """No text has been prepared here before."""
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """Data sets as people lay them out, with a name that says what is special about each."""
@@ -356,7 +361,7 @@ def client(monkeypatch):
     """Replaces load_dataset() by one that the test may replace again; the hub always answers."""
     calls = []
 
-    def load_dataset(path, name=None, *, streaming):
+    def load_dataset(path, name=None, *, revision, streaming):
         calls.append((path, name))
         return {"train": [{"text": text} for text in numbered(path, 500)]}
 

@@ -90,6 +90,17 @@ def test_no_command_asks_the_network_or_writes_into_the_home_folder(tmp_path, te
     assert (asked, left) == ("", [])
 
 
+def test_offline_nothing_is_even_looked_up(tmp_path):
+    """Without the variable, "auto" asks, which shows that the test would notice."""
+    code = "import flashlm_helpers as fl; print(fl.open_corpus('auto').name)"
+    process, asked, _ = run_without_network(tmp_path, code)
+    assert process.stdout == "builtin\n" and "huggingface.co" in asked
+    (tmp_path / "asked").unlink()
+    process, asked, left = run_without_network(tmp_path, code, FLASHLM_OFFLINE="1")
+    assert process.stdout == "builtin\n" and (asked, left) == ("", [])
+    assert "FLASHLM_OFFLINE" in process.stderr and process.stderr.count("\n") == 1
+
+
 def test_a_person_may_overrule_what_is_switched_off(tmp_path):
     code = "import os, flashlm_helpers; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     process, *_ = run_without_network(tmp_path, code)

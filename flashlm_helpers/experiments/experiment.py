@@ -52,8 +52,10 @@ class Experiment:
     def __post_init__(self):
         if isinstance(self.model, str):
             object.__setattr__(self, "model", find_preset(self.model))
-        if not isinstance(self.text, str | Path | TextSource | Corpus):
-            object.__setattr__(self, "text", open_corpus(self.text))  # a generator reads only once
+        # A generator reads only once, and "auto" must stay what it became.
+        named = isinstance(self.text, str | Path | TextSource | Corpus)
+        if not named or self.text == "auto":
+            object.__setattr__(self, "text", open_corpus(self.text))
 
     def prepare(self) -> PreparedText:
         """Cut the vocabulary and tokenize the text; what was done before is reused."""
@@ -93,6 +95,11 @@ class Experiment:
         if resume is not None and not isinstance(resume, Checkpoint):
             resume = load_checkpoint(resume, LAST, self.build_model)
 
+        # What the tokens are of, whatever the hub has by now.
+        source = corpus.source
+        if source is not None:
+            source = replace(source, revision=text.train.revision)
+
         # All random numbers of the run come from its seed, and none of the caller's are used up.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
@@ -104,12 +111,12 @@ class Experiment:
                 self.recipe,
                 text,
                 folder,
-                corpus.source,
+                source,
                 resume,
                 on_step or TerminalLine(text.train.n_tokens),
             )
         recipe = RunConfig(network.config, decided)
-        return self._report(folder, text, progress, stopped_by, recipe, corpus.source)
+        return self._report(folder, text, progress, stopped_by, recipe, source)
 
     def _report(
         self,
