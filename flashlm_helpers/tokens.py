@@ -23,6 +23,7 @@ from flashlm_helpers.machine.files import atomic_write, project_dir
 from flashlm_helpers.machine.notices import LenientStream, notice
 from flashlm_helpers.sources.files import SEPARATOR
 from flashlm_helpers.sources.gpt2 import batches_of_text
+from flashlm_helpers.sources.overlap import leave_out_copies
 from flashlm_helpers.vocab import BOS, EOS, PAD, Vocabulary
 
 # A vocabulary is counted from so many training stories.
@@ -235,7 +236,12 @@ def tokenize(
         except FlashLMError:
             print(f"{path} is damaged: building it anew", file=sys.stderr)
 
-    stories = corpus.stories(split)
+    # A training story that is a validation story, too, would make the model look better than it is.
+    held_out = []
+    if split == "train":
+        valid = tokenize(corpus, "valid", vocabulary, data_dir)
+        held_out = map(vocabulary.decode, valid.sample_stories(valid.n_stories))
+    stories = leave_out_copies(corpus.stories(split), held_out)
     revision = getattr(corpus.read, "revision", None)
     return TokenFile.build(path, identity, stories, vocabulary, revision)
 
