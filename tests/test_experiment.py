@@ -205,6 +205,13 @@ def test_the_seed_decides_and_other_random_numbers_do_not_matter(experiment, rep
     assert other.run(tmp_path / "other", on_step=quiet).bpb != report.bpb
 
 
+def test_a_run_trains_also_where_gradients_are_switched_off(experiment, report, tmp_path):
+    with torch.no_grad():
+        again = experiment.run(tmp_path / "again", on_step=quiet)
+        assert not torch.is_grad_enabled()
+    assert again.bpb == report.bpb
+
+
 # ---- going on ----
 
 

@@ -100,8 +100,9 @@ class Experiment:
         if source is not None:
             source = replace(source, revision=text.train.revision)
 
-        # All random numbers of the run come from its seed, and none of the caller's are used up.
-        with torch.random.fork_rng(devices=[]):
+        # All random numbers of the run come from its seed, and none of the caller's are used up. A
+        # notebook that only reads models may have switched gradients off.
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(self.recipe.seed)
             network = self.build_model(replace(self.model, vocabulary_size=len(text.vocabulary)))
             optimizer = self.build_optimizer(network, self.recipe)
