@@ -15,6 +15,7 @@ from flashlm_helpers.config import FlashLMError, TrainConfig
 from flashlm_helpers.experiments.experiment import Experiment
 from flashlm_helpers.machine import compiler, hardware
 from flashlm_helpers.machine.compiler import compile_failure, has_cxx_compiler, use_compile_cache
+from flashlm_helpers.machine.files import find_in_clone
 from flashlm_helpers.machine.hardware import (
     GIB,
     describe_hardware,
@@ -334,3 +335,18 @@ def test_an_experiment_that_fails_restores_the_random_state(
     with pytest.raises(RuntimeError, match="no such optimizer"):
         experiment.run(tmp_path / "run")
     assert global_state() == before
+
+
+def test_a_file_of_the_clone_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLASHLM_HOME", str(tmp_path / "home"))
+    assert find_in_clone("benchmarks/training.py").is_file()
+
+    # As an installed package is, with the clone somewhere above the working folder.
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "own.jsonl").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert find_in_clone("results/own.jsonl") == tmp_path / "results" / "own.jsonl"
+    with pytest.raises(FlashLMError, match="there is no results/gone.jsonl"):
+        find_in_clone("results/gone.jsonl")

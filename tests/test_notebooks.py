@@ -3,9 +3,13 @@
 import ast
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 
+import nbformat
 import pytest
+from conftest import times
+from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 IMPORTED_NAMES = 5  # of ours besides fl, at most
@@ -72,3 +76,30 @@ def test_one_import_and_one_set_up(path):
 def test_links_to_other_notebooks_lead_somewhere(path):
     for target in re.findall(r"\]\((\d\d_[^)#]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).is_file(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_file_is_looked_for_in_the_working_folder(path):
+    """Who runs a notebook chooses that folder: Jupyter, VS Code and papermill differ."""
+    _, sources, _ = read_cells(path)
+    for source in sources:
+        assert not re.search(r"\b(cwd|chdir|getcwd)\b", source)
+        assert not re.search(r"\b(Path|open)\(\s*[\"']", source)
+        assert not re.search(r"[\"']\.\.?/", source)
+        assert "fl.__file__" not in source  # an installed package has no clone around it
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(times(True, False), reason="takes half an hour: make soak")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_run_again_and_in_any_folder(path, tmp_path, home, monkeypatch):
+    """Every cell twice, then all of them once more, in one kernel whose folder is another."""
+    monkeypatch.setenv("FLASHLM_PROFILE", "smoke")
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
+    twice = [deepcopy(cell) for cell in code for _ in range(2)]
+    notebook.cells = twice + code
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = str(number)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, resources=where).execute()

@@ -155,3 +155,17 @@ def project_dir() -> Path:
         return Path(home)
     clone = Path(__file__).resolve().parent.parent.parent
     return clone if (clone / "pyproject.toml").is_file() else Path.cwd()
+
+
+def find_in_clone(place: str) -> Path:
+    """Return the path of a file of the clone, whatever folder a notebook runs in.
+
+    place: such as benchmarks/results/path.jsonl, or a full path. It is looked for around the
+    package, and in the working folder and those above it.
+    Raises FlashLMError if it is in none of them.
+    """
+    here = Path.cwd()
+    for folder in (Path(__file__).resolve().parent.parent.parent, here, *here.parents):
+        if (folder / place).exists():
+            return folder / place
+    raise FlashLMError(f"there is no {place} around {here}: run this in a clone of the project")
