@@ -11,7 +11,7 @@ from typing import Any
 
 from flashlm_helpers import builtin
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.sources.files import find_stories, read_stories
+from flashlm_helpers.sources.folders import find_stories, read_folder, state_of
 from flashlm_helpers.sources.hub import HUB, HubText, choose_text, find_dataset
 from flashlm_helpers.sources.splits import hold_out, is_held_out
 
@@ -69,7 +69,8 @@ def open_corpus(text: Any = "auto", limit: int | None = None) -> Corpus:
       - "builtin": the built-in story generator;
       - "auto": TinyStories, or "builtin" if it was not prepared here before and the hub does not
         answer within 5 seconds;
-      - a folder that holds train*, and perhaps valid*, as .txt, .jsonl or .parquet;
+      - a folder that holds train*, and perhaps valid*, val* or dev*, in any format of
+        read_stories();
       - strings: any iterable, read once into memory, or {"train": strings, "valid": strings};
       - a TextSource, as a checkpoint holds it, or a Corpus, which is returned as it is.
     limit: take only the first `limit` training stories (of the generator: make that many).

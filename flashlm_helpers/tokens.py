@@ -234,7 +234,7 @@ def tokenize(
         try:
             return TokenFile(path, identity)
         except FlashLMError:
-            print(f"{path} is damaged: building it anew", file=sys.stderr)
+            notice(f"{path} is damaged: building it anew")
 
     # A training story that is a validation story, too, would make the model look better than it is.
     held_out = []

@@ -21,7 +21,7 @@ from flashlm_helpers.corpus import Corpus, open_corpus
 from flashlm_helpers.experiments.experiment import Experiment, RunReport
 from flashlm_helpers.experiments.size import count_parameters
 from flashlm_helpers.generation import generate
-from flashlm_helpers.machine.files import atomic_write, project_dir, require_writable
+from flashlm_helpers.machine.files import atomic_write, hold_folder, project_dir, require_writable
 from flashlm_helpers.runtime import load_to_resume
 
 DEFAULT_HOURS = 2.0

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO, TextIO
 
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.machine.files import one_line
+from flashlm_helpers.machine.notices import notice
 
 # What stands between two stories of a text.
 SEPARATOR = "<|endoftext|>"
@@ -85,7 +85,7 @@ def say_once(message: str) -> None:
     """Print a line on stderr the first time that it is said."""
     # A process that was started by another, as in a race, would only repeat it.
     if multiprocessing.parent_process() is None:
-        print(message, file=sys.stderr)
+        notice(message)
 
 
 # ---- which format ----

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import re
-import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.machine.files import project_dir
 from flashlm_helpers.machine.network import is_offline
+from flashlm_helpers.machine.notices import notice
 from flashlm_helpers.sources.files import SEPARATOR
 from flashlm_helpers.sources.prepared import find_prepared
 from flashlm_helpers.sources.splits import hold_out
@@ -83,20 +83,16 @@ def choose_text(key: str) -> str:
     if prepared is not None:
         revision = prepared.get("revision")
         told = f" (revision {revision[:12]} of the hub)" if revision else ""
-        _say(f"using TinyStories{told}: it was prepared here before")
+        notice(f"using TinyStories{told}: it was prepared here before")
         return "tinystories"
 
     try:
         open_split(HUB["tinystories"], "train")
     except FlashLMError as error:
-        _say(f"{error}; using the built-in corpus")
+        notice(f"{error}; using the built-in corpus")
         return "builtin"
-    _say("using TinyStories: the hub answers")
+    notice("using TinyStories: the hub answers")
     return "tinystories"
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 class HubText:

@@ -7,13 +7,13 @@ same by chance, and shared ones show stories that are nearly the same, or quote 
 
 import itertools
 import string
-import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tqdm import tqdm
 
 from flashlm_helpers.config import FlashLMError
+from flashlm_helpers.machine.notices import LenientStream
 from flashlm_helpers.sources.gpt2 import batches_of_text
 
 RUN = 13  # words
@@ -69,7 +69,7 @@ def leave_out_copies(stories: Iterable[str], held_out: Iterable[str]) -> Iterato
         told += f" with {valid.count_shared():,} of {valid.count:,} validation stories"
         said.append(f"{told}, {near:,} of them at least half of their runs")
     if said:
-        tqdm.write("; ".join(said), file=sys.stderr)
+        tqdm.write("; ".join(said), file=LenientStream())
 
 
 def _words(story: str) -> list[str]:
