@@ -29,8 +29,10 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/training.py --preset v4-large --no-loss $(ARGS)
 	$(BIN)/python benchmarks/inference.py --preset v4-small
 
+# JupyterLab would ask its maker for news and updates.
 lab: .venv/installed
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate notebooks
 
 # On Linux, PyPI's torch is the CUDA build: PyTorch's own index has a CPU build of a tenth of its size.
 .venv/installed: requirements.txt pyproject.toml
