@@ -8,11 +8,18 @@ it is first used. `flashlm --help` is the command line.
 """
 
 import importlib
+import os
 
 from flashlm_helpers.machine.network import keep_to_ourselves
 
 __version__ = "0.2.0"
 keep_to_ourselves()  # before anything below imports a library
+
+# Threads that wait for each other spin for 0.2 ms before they sleep, and not for 3: long enough for
+# the next operation to come, and short enough to leave the cores to other programs. PyTorch's
+# thread library (libgomp, on Linux) reads this once, when PyTorch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 _NAMES = {
     "config": "FlashLMError ModelConfig TrainConfig PRESETS",

@@ -16,6 +16,7 @@ from flashlm_helpers.machine.compiler import compile_failure, compile_obstacle
 from flashlm_helpers.machine.measuring import measure_batches
 from flashlm_helpers.machine.notices import notice
 from flashlm_helpers.machine.numbers import has_bfloat16
+from flashlm_helpers.machine.threads import follow
 from flashlm_helpers.optimization import accumulate_gradient, optimizer_step
 from flashlm_helpers.tokens import TokenFile
 
@@ -37,6 +38,7 @@ def compile_network(network: nn.Module, bfloat16: bool | None) -> str | None:
         return obstacle
 
     # One step of a copy, in which a failure is an error.
+    torch._inductor.config.cpp.dynamic_threads = True  # their number may change during a run
     torch._dynamo.config.recompile_limit = 64  # programs per function: by mixer, batch and use
     trial = copy.deepcopy(network)
     ids = torch.ones(DEFAULT_BATCH, network.config.sequence_length, dtype=torch.long)
@@ -127,6 +129,7 @@ def _trial_step(
         network.compile()
 
     def step(batch: int) -> None:
+        follow()
         length = network.config.sequence_length
         inputs, targets = tokens.batch(0, batch, length, config.seed)
         optimizer_step(network, optimizer, inputs, targets, config)

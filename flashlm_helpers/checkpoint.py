@@ -79,6 +79,7 @@ class Progress:
     validations_since_best: int = 0
     next_validation: float = 0.0  # fractions of the budget
     next_point: float = 0.0
+    threads: list[tuple[int, int]] = field(default_factory=list)  # (step, number from there on)
     pending: list[float] = field(default_factory=list)  # losses since the last TrainPoint
     history: History = field(default_factory=History)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.machine.numbers import matmul_autocast
+from flashlm_helpers.machine.threads import follow
 from flashlm_helpers.mixers import State, map_state
 from flashlm_helpers.model import LanguageModel
 from flashlm_helpers.quantization import freeze_ternary
@@ -114,6 +115,7 @@ def token_nats(
             states = _reset_states(states, continues)
 
         # Read them all at once.
+        follow()
         with matmul_autocast(bfloat16):
             hidden, states = frozen.hidden(ids[:, :-1], states)
             targets = ids[:, 1:].flatten()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashlm_helpers.config import FlashLMError, check_seed, option
+from flashlm_helpers.machine.threads import follow
 from flashlm_helpers.mixers import State, map_state
 from flashlm_helpers.model import LanguageModel
 from flashlm_helpers.sources.gpt2 import SURROGATE
@@ -139,6 +140,7 @@ def stream_by_reading(read: Read, prompts: Prompts, sampling: Sampling) -> Itera
     # From here on logits (B, V) are of the next id, given all that the states (B, ...) have seen.
     logits, states = _read_prompts(read, prompts)
     for _ in range(sampling.tokens):
+        follow()
         logits[:, :EOS] = -math.inf  # PAD, UNK and BOS are never written
         chosen = sample_next_token(logits, sampling, generators)
         _record(stories, logits, chosen)

@@ -27,6 +27,7 @@ from flashlm_helpers.evaluation import bits_report, encode_stories, token_nats
 from flashlm_helpers.machine.notices import notice
 from flashlm_helpers.machine.signals import stop_requests
 from flashlm_helpers.machine.stopwatch import Stopwatch
+from flashlm_helpers.machine.threads import FOLLOWER, follow
 from flashlm_helpers.optimization import learning_rate, microbatch_size, optimizer_step
 from flashlm_helpers.tokens import PreparedText
 from flashlm_helpers.vocab import PAD
@@ -174,7 +175,7 @@ class Trainer:
         """
         p = self.progress
         self._watch = Stopwatch(self.clock)
-        with stop_requests(self._rescue) as requests:
+        with stop_requests(self._rescue) as requests, FOLLOWER.hold(self._fixed_threads()):
             # Decide how to compute on this machine: number format, compilation, batch.
             parts = (self.network, self.optimizer, self.config, self.text.train)
             self.config = autotune(*parts, self._expected_seconds())
@@ -211,6 +212,14 @@ class Trainer:
         if not self._saved:
             raise FlashLMError(f"the run's end could not be saved: make room in {self.folder}")
         return p, stopped_by
+
+    def _fixed_threads(self) -> int | None:
+        """Return the number of threads of the whole run; None if it follows the machine."""
+        if self.config.hours is not None:
+            return None
+
+        # A budget in epochs promises the same run again, to the last bit, whatever else runs here.
+        return self.progress.threads[-1][1] if self.progress.threads else FOLLOWER.most
 
     # ---- the budget ----
 
@@ -297,6 +306,11 @@ class Trainer:
         p.lr = learning_rate(p.fraction, config.lr, config.warmup, config.decay, config.floor)
         for group in self.optimizer.param_groups:
             group["lr"] = p.lr
+
+        # Sums depend on the threads that share them, in their last bits, so changes are noted down.
+        threads = follow()
+        if not p.threads or p.threads[-1][1] != threads:
+            p.threads.append((p.step, threads))
 
         # One optimizer step, which is skipped if it would do harm.
         length = self.network.config.sequence_length

@@ -11,6 +11,7 @@ import torch
 from flashlm_helpers import builtin, loss
 from flashlm_helpers.config import ModelConfig, TrainConfig
 from flashlm_helpers.corpus import open_corpus
+from flashlm_helpers.machine.threads import FOLLOWER
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import build_optimizer
 from flashlm_helpers.runtime.bolt import COMPILERS
@@ -179,3 +180,18 @@ def home(tmp_path, monkeypatch):
     """An empty FLASHLM_HOME, so that commands keep their caches and runs out of the clone."""
     monkeypatch.setenv("FLASHLM_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def on_its_own():
+    """What a command sets for its process, the next test does not see: here they share one."""
+    threads = torch.get_num_threads()
+    yield
+    FOLLOWER.most = None
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread():
+    """Operations as small as those of tests wait longer for a second thread than it saves."""
+    torch.set_num_threads(1)

@@ -2,6 +2,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from flashlm_helpers.autotune import compile_network
 from flashlm_helpers.cli.common import choose_preset
 from flashlm_helpers.config import FlashLMError, TrainConfig
 from flashlm_helpers.experiments.experiment import Experiment
-from flashlm_helpers.machine import compiler, hardware
+from flashlm_helpers.machine import compiler, hardware, threads
 from flashlm_helpers.machine.compiler import compile_failure, has_cxx_compiler, use_compile_cache
 from flashlm_helpers.machine.files import find_in_clone
 from flashlm_helpers.machine.hardware import (
@@ -350,3 +351,108 @@ def test_a_file_of_the_clone_is_found_from_anywhere(tmp_path, monkeypatch):
     assert find_in_clone("results/own.jsonl") == tmp_path / "results" / "own.jsonl"
     with pytest.raises(FlashLMError, match="there is no results/gone.jsonl"):
         find_in_clone("results/gone.jsonl")
+
+
+# ---- threads that follow what other programs leave ----
+
+
+class Machine:
+    """Clocks of a machine of four cores, on which others use what a test says."""
+
+    def __init__(self):
+        self.now = threads.Usage(0.0, 0.0, 0.0)
+
+    def pass_seconds(self, seconds, others, ours=1.0):
+        now = self.now
+        everyone = now.everyone + seconds * (others + ours)
+        self.now = threads.Usage(now.clock + seconds, everyone, now.ours + seconds * ours)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr(threads, "allowed_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(threads.time, "monotonic", lambda: machine.now.clock)
+    follower = threads.Follower(lambda: machine.now)
+    follower.limit(4)
+
+    def watch(seconds, others):
+        """Let time pass in which others use so many cores; returns the threads at its end."""
+        for _ in range(seconds):
+            machine.pass_seconds(1.0, others)
+            follower.follow()
+        return torch.get_num_threads()
+
+    machine.follower = follower
+    machine.watch = watch
+    return machine
+
+
+def test_threads_make_way_for_other_programs_and_come_back(machine, capsys):
+    assert machine.watch(3, others=0.0) == 4
+    assert machine.watch(5, others=2.1) == 2
+    assert machine.watch(5, others=4.0) == 1  # one always remains
+    assert machine.watch(8, others=0.0) == 4
+
+    # Said once, however often it happens.
+    assert machine.watch(8, others=3.0) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "of 4 cores: computing with" in said[0]
+
+
+def test_a_part_of_a_core_or_a_short_burst_changes_nothing(machine, capsys):
+    assert machine.watch(20, others=0.5) == 4
+    machine.pass_seconds(0.5, others=4.0)
+    assert machine.follower.follow() == 4
+    assert capsys.readouterr().err == ""
+
+
+def test_threads_never_exceed_their_limit_nor_change_before_one_is_set(machine):
+    machine.follower.limit(2)
+    assert machine.watch(5, others=0.0) == 2
+    assert machine.watch(5, others=3.0) == 1
+    machine.follower.most = None
+    assert machine.watch(5, others=0.0) == 1
+
+
+def test_held_threads_stay_whatever_others_do(machine):
+    with machine.follower.hold(3):
+        assert machine.watch(5, others=4.0) == 3
+    assert machine.watch(5, others=4.0) == 1
+    with machine.follower.hold(None):
+        assert machine.watch(8, others=0.0) == 4
+
+
+def test_a_busy_program_is_seen_on_this_machine():
+    begin = threads.Usage.now()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        time.sleep(2.0)
+        end = threads.Usage.now()
+        busy.kill()
+    seconds = end.clock - begin.clock
+    assert (end.everyone - begin.everyone) - (end.ours - begin.ours) > 0.3 * seconds
+    assert end.ours - begin.ours < 0.3 * seconds
+
+
+def test_omp_num_threads_is_an_upper_bound(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert usable_cores() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000")
+    assert 1 <= usable_cores() < 1000
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert usable_cores() >= 1
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_waiting_threads_spin_shortly_unless_a_person_has_said_otherwise(given, spins):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        environment.pop(name, None)
+    code = "import os, flashlm_helpers; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment | given, capture_output=True, text=True)
+    assert run.stdout.strip() == str(spins)

@@ -20,14 +20,7 @@ from flashlm_helpers.quantization import BitLinear
 from flashlm_helpers.registry import own_mixers, register_mixer
 from flashlm_helpers.vocab import BOS, EOS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations as small as these wait longer for a second thread than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from flashlm_helpers.mixers import AttentionMixer, GatedConvMixer, map_state
 from flashlm_helpers.model import FlashLM, TernaryGLU
 from flashlm_helpers.quantization import BitLinear, quantize_straight_through
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = ModelConfig(
     "test",
     width=12,
@@ -33,15 +34,6 @@ CONFIG = ModelConfig(
 )
 HYBRID = replace(CONFIG, mixers=("conv", "attention", "conv"), heads=3, window=9, layer_scale=True)
 NARROW = replace(CONFIG, mixers=("attention", "conv"), heads=1, window=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations as small as these wait longer for a second thread than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(

@@ -39,17 +39,9 @@ from flashlm_helpers.runtime.pytorch import PyTorchModel
 from flashlm_helpers.training import NON_FINITE_STEPS, StopReason, Trainer
 from flashlm_helpers.vocab import Vocabulary
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations as small as these wait longer for a second thread than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- the recipe ----
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @given(st.floats(0.001, 0.4), st.floats(0.001, 0.6), st.floats(0, 0.5), st.floats(1e-5, 1))

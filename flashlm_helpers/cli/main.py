@@ -12,9 +12,11 @@ from flashlm_helpers import __version__
 from flashlm_helpers.cli.common import OneLineParser, register_mixers
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.machine.files import one_line
+from flashlm_helpers.machine.hardware import usable_cores
 from flashlm_helpers.machine.notices import LenientStream
-from flashlm_helpers.machine.setup import setup
+from flashlm_helpers.machine.setup import check_threads, setup
 from flashlm_helpers.machine.signals import ENDINGS, handling
+from flashlm_helpers.machine.threads import FOLLOWER
 
 DESCRIPTION = (
     "Train, measure and use a ternary (1.58-bit) language model on a CPU. Results go to stdout, "
@@ -39,6 +41,11 @@ def make_parser() -> OneLineParser:
     for module in COMMANDS.values():
         importlib.import_module(f"flashlm_helpers.cli.{module}").add_parser(commands)
     for command in commands.choices.values():
+        command.add_argument(
+            "--threads",
+            type=int,
+            help="compute with so many threads at most (default: all cores that are free)",
+        )
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -87,9 +94,16 @@ def _run(arguments: list[str] | None) -> int:
 
         # Only the command that is asked for is imported and prepared for.
         command = importlib.import_module(f"flashlm_helpers.cli.{COMMANDS[args.command]}")
+        # A bound on the threads holds for all runtimes, as if the shell had set it.
+        if args.threads is not None:
+            check_threads(args.threads)
+            os.environ["OMP_NUM_THREADS"] = str(args.threads)
         if args.command in ("train", "race"):
             setup(show=False)
-        register_mixers(args)
+        else:
+            FOLLOWER.limit(usable_cores())
+        if hasattr(args, "mixer"):
+            register_mixers(args)
 
         # What it saves is saved when it returns; then comes what it says.
         result = command.run(args)

@@ -13,16 +13,25 @@ from flashlm_helpers.machine.numbers import has_bfloat16
 GIB = 1024**3
 
 
+def allowed_cores() -> list[int]:
+    """Return the numbers of the logical cores that this process may run on, by its affinity."""
+    try:
+        return psutil.Process().cpu_affinity()
+    except (AttributeError, psutil.Error):  # macOS has no affinity
+        return list(range(os.cpu_count() or 1))
+
+
 def usable_cores() -> int:
     """Return how many cores this process may use, at least 1.
 
-    These are physical cores, limited by the process's affinity and its cgroup's CPU quota.
+    These are physical cores, limited by the process's affinity, its cgroup's CPU quota, and
+    OMP_NUM_THREADS, which `--threads` sets.
     """
-    try:
-        allowed = len(psutil.Process().cpu_affinity())
-    except (AttributeError, psutil.Error):  # macOS has no affinity
-        allowed = os.cpu_count() or 1
+    allowed = len(allowed_cores())
     limits = [allowed, psutil.cpu_count(logical=False) or allowed]
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit():
+        limits.append(int(asked))
 
     # A quota is "microseconds of processor time per period of so many", rounded up to cores.
     for value in _cgroup_values("cpu.max", "cpu.cfs_quota_us"):

@@ -32,6 +32,7 @@ from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.generation import Prompts, Sampling, Story, stream_by_reading
 from flashlm_helpers.machine.files import atomic_write, one_line
 from flashlm_helpers.machine.hardware import usable_cores
+from flashlm_helpers.machine.threads import follow
 from flashlm_helpers.mixers import AttentionMixer, AttentionState, State, map_state
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.quantization import BitLinear, freeze_ternary, ternarize
@@ -339,7 +340,8 @@ def _without_warnings() -> Iterator[None]:
 class OnnxModel:
     """A model in an ONNX file, run by ONNX Runtime: a LanguageModel.
 
-    path: of a file that save_onnx() wrote. threads: all usable cores by default.
+    path: of a file that save_onnx() wrote. threads: all usable cores by default, but those that
+    other programs use.
     Raises FlashLMError if the file cannot be used.
     """
 
@@ -348,7 +350,7 @@ class OnnxModel:
 
     def __init__(self, path: str | Path, threads: int | None = None):
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
+        options.intra_op_num_threads = threads or min(follow(), usable_cores())
         options.log_severity_level = 4
         try:
             content = Path(path).read_bytes()
