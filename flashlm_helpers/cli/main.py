@@ -29,6 +29,7 @@ COMMANDS = {  # name on the command line: module of this folder
     "generate": "generate",
     "export": "export",
     "info": "info",
+    "doctor": "doctor",
 }
 PLACES = ("checkpoint", "text", "text_dir", "dataset", "save_dir", "resume", "results", "out")
 
