@@ -396,9 +396,8 @@ def test_threads_make_way_for_other_programs_and_come_back(machine, capsys):
 
     # Said once, however often it happens.
     assert machine.watch(8, others=3.0) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert "of 4 cores: computing with" in said[0]
+    said = capsys.readouterr().err.split()
+    assert said.count("computing") == 1
 
 
 def test_a_part_of_a_core_or_a_short_burst_changes_nothing(machine, capsys):

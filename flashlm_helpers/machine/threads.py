@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from tqdm import tqdm
 
 from flashlm_helpers.machine.hardware import allowed_cores
-from flashlm_helpers.machine.notices import LenientStream
+from flashlm_helpers.machine.notices import notice
 
 LOOK_SECONDS = 1.0  # between two looks at who uses the cores
 NEWEST = 0.5  # weight of the newest look in the running mean
@@ -105,8 +104,7 @@ class Follower:
             self._told = True
             cores = f"{self._others:.1f} of {len(allowed_cores())} cores"
             count = "1 thread" if wanted == 1 else f"{wanted} threads"
-            words = f"other programs use {cores}: computing with {count} while they do"
-            tqdm.write(words, LenientStream())
+            notice(f"\nother programs use {cores}: computing with {count} while they do")
         return wanted
 
     def _look(self) -> bool:
