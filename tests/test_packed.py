@@ -302,6 +302,7 @@ def test_without_a_compiler_pytorch_computes(files, tell, tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     bolt.library.cache_clear()
+    bolt._compile.cache_clear()
     try:
         story, notices = tell(
             "generate", "--checkpoint", files / "model.pt", "--runtime", "c", *STORY
