@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig
 from flashlm_helpers.corpus import TextSource
 from flashlm_helpers.evaluation import BPCReport
 from flashlm_helpers.machine.files import atomic_write, one_line
+from flashlm_helpers.machine.integrity import read_tensors
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.quantization import latent_weight, unpack_ternary
 from flashlm_helpers.vocab import Vocabulary
@@ -180,18 +180,12 @@ def load_checkpoint(
     if not path.is_file():
         raise FlashLMError(f"there is no checkpoint {path}: give a .pt file or a run's folder")
 
-    # weights_only refuses everything that could run code.
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = read_tensors(path)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise FlashLMError("it is not a FlashLM checkpoint of this version")
         return _rebuild(content, build_model, path)
-    except UnpicklingError as error:
-        raise FlashLMError(
-            f"{path} cannot be loaded, it is damaged or holds more than tensors and plain values: "
-            "give a .pt file that this program saved"
-        ) from error
-    except Exception as error:  # torch.load raises nearly anything on damaged bytes
+    except Exception as error:  # damaged content raises nearly anything
         reason = one_line(error)[:200]
         raise FlashLMError(f"{path} cannot be loaded: {reason}") from error
 
@@ -203,11 +197,14 @@ def _rebuild(content: dict, build_model: Callable, path: Path) -> Checkpoint:
     vocabulary = Vocabulary(kept, saved["coverage"])
     vocabulary.check_matches(saved["hash"], str(path))
 
-    # A network of the saved architecture, with the saved weights.
+    # A network of the saved architecture, with the saved weights; no memory is taken for sizes
+    # that the weights do not have.
     config = ModelConfig.from_dict(content["model_config"])
+    weights = {name: _expand(weight) for name, weight in content["model"].items()}
+    if build_model is FlashLM:
+        _check_sizes(config, weights)
     with torch.random.fork_rng(devices=[]):  # the first weights are drawn in vain
         network = build_model(config)
-    weights = {name: _expand(weight) for name, weight in content["model"].items()}
     network.load_state_dict(weights)
 
     # The rest turns from dictionaries into dataclasses again.
@@ -217,6 +214,18 @@ def _rebuild(content: dict, build_model: Callable, path: Path) -> Checkpoint:
     optimizer = _single_optimizer(content["optimizer"])
     random_state = content["random_state"]
     return Checkpoint(network, recipe, vocabulary, source, progress, optimizer, random_state)
+
+
+def _check_sizes(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a FlashLM of this config has as many parameters as the weights."""
+    # Every block has some; on the "meta" device, they have shapes and no memory.
+    wanted = math.inf
+    if config.blocks < len(weights):
+        with torch.device("meta"):
+            network = FlashLM(config)
+        wanted = sum(weight.numel() for weight in network.state_dict().values())
+    if wanted != sum(weight.numel() for weight in weights.values()):
+        raise ValueError("its weights are not those of its config")
 
 
 def _expand(weight: Tensor | dict) -> Tensor:

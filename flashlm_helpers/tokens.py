@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.corpus import Corpus
-from flashlm_helpers.machine.files import atomic_write, project_dir
+from flashlm_helpers.machine.files import atomic_write, one_line, project_dir
+from flashlm_helpers.machine.integrity import read_header, write_header
 from flashlm_helpers.machine.notices import LenientStream, notice
 from flashlm_helpers.sources.files import SEPARATOR
 from flashlm_helpers.sources.gpt2 import batches_of_text
@@ -29,9 +30,10 @@ from flashlm_helpers.vocab import BOS, EOS, PAD, Vocabulary
 # A vocabulary is counted from so many training stories.
 VOCABULARY_STORIES = 100_000
 
-# A token file: so many bytes of JSON, padded with spaces, and then uint16 ids, low byte first.
+# A token file: so many bytes of JSON, padded with spaces, and then uint16 ids, low byte first. The
+# JSON ends with a checksum of what stands before it, and of the ids.
 _HEADER = 512
-_MAGIC = "flashlm-tokens-1"
+_MAGIC = "flashlm-tokens-2"
 
 
 class TokenFile:
@@ -46,26 +48,20 @@ class TokenFile:
         self.vocabulary_hash = identity["vocabulary"]
         # Whatever else lies under this name, one of these lines fails on it.
         try:
-            with self.path.open("rb") as file:
-                header = json.loads(file.read(_HEADER))
+            header = read_header(self.path, _HEADER)
+            if header["magic"] != _MAGIC or header["identity"] != identity:
+                raise ValueError("it holds other text")
             self.n_tokens = header["tokens"]
             self.n_stories = header["stories"]
             self.n_bytes = header["bytes"]  # of the stories as UTF-8
             self.revision = header.get("revision")  # of the text on the hub; None if unknown
-            size = self.path.stat().st_size
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problem = f"{path} is not a token file"
+
+            # Nothing of the ids is in memory until a batch needs it.
+            shape = (self.n_tokens,)
+            self.ids = np.memmap(self.path, np.uint16, "r", offset=_HEADER, shape=shape)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"{path} is not a token file that can be used ({one_line(error)})"
             raise FlashLMError(f"{problem}: delete it and it is built anew") from error
-
-        # A file that was cut off later is too short for what its header says.
-        whole = size == _HEADER + 2 * self.n_tokens
-        if not whole or header["magic"] != _MAGIC or header["identity"] != identity:
-            problem = f"{path} is truncated or holds other text"
-            raise FlashLMError(f"{problem}: delete it and it is built anew")
-
-        # Nothing of the ids is in memory until a batch needs it.
-        shape = (self.n_tokens,)
-        self.ids = np.memmap(self.path, np.uint16, "r", offset=_HEADER, shape=shape)
 
     @classmethod
     def build(
@@ -105,8 +101,7 @@ class TokenFile:
             if header["stories"] == 0:
                 advice = f"give more stories (in a text file, a line {SEPARATOR} ends each)"
                 raise FlashLMError(f"the {split} split holds no story: {advice}")
-            file.seek(0)
-            file.write(json.dumps(header).encode().ljust(_HEADER))
+            write_header(file, _HEADER, header)
         return cls(path, identity)
 
     def windows(self, length: int) -> int:

@@ -26,6 +26,7 @@ SMALLEST = len(SPECIALS) + BYTES
 LARGEST = len(SPECIALS) + GPT2_SIZE - 1
 
 _FORMAT = "flashlm-vocabulary-1"
+_LARGEST_FILE = 1 << 24  # characters, several times those of a whole GPT-2
 
 
 # ---- GPT-2's tokens ----
@@ -195,7 +196,8 @@ class Vocabulary:
         """Read a file that save() wrote; raise FlashLMError if it is missing or damaged."""
         # The ids are enough; everything else follows from them, or is checked against them.
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            with Path(path).open(encoding="utf-8") as file:
+                content = json.loads(file.read(_LARGEST_FILE))
             kept = [gpt2_id for gpt2_id, _ in content["tokens"]]
             vocabulary = cls(kept, content["coverage"])
             # Only the file's own hash can show that tokens changed places.

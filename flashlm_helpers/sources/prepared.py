@@ -19,7 +19,7 @@ def find_prepared(folder: Path, name: str, key: str) -> dict | None:
             with path.open("rb") as file:
                 header = json.loads(file.read(_HEADER))
             identity = header["identity"]
-            if identity["corpus"] == key:
+            if identity["corpus"] == key and "checksum" in header:  # which older files do not have
                 headers[identity["vocabulary"], identity["split"]] = header
         except (OSError, ValueError, KeyError, TypeError):
             continue
