@@ -199,7 +199,7 @@ def _prepare_vocabulary(corpus: Corpus, size: int, data_dir: Path | None) -> Voc
         try:
             return Vocabulary.load(path)
         except FlashLMError:
-            notice(f"{path} is damaged: building it anew")
+            notice(f"{path} cannot be used: building it anew")
 
     # Counting takes a while, so say what is going on.
     notice("counting tokens for the vocabulary ...")
@@ -229,7 +229,7 @@ def tokenize(
         try:
             return TokenFile(path, identity)
         except FlashLMError:
-            notice(f"{path} is damaged: building it anew")
+            notice(f"{path} cannot be used: building it anew")
 
     # A training story that is a validation story, too, would make the model look better than it is.
     held_out = []
