@@ -72,7 +72,7 @@ def test_a_damaged_file_is_refused_or_means_the_same(kind, written, tmp_path):
     whole = what_it_holds(kind, written / kind)
     numbers = random.Random(kind)
     refused = 0
-    for trial in range(times(40, 2_000)):
+    for trial in range(times(6, 2_000)):
         bad = tmp_path / "bad"
         bad.write_bytes(harm(content, numbers))
         try:
