@@ -193,8 +193,7 @@ def load_checkpoint(
 def _rebuild(content: dict, build_model: Callable, path: Path) -> Checkpoint:
     # The vocabulary is the one that was saved, or else the file is damaged.
     saved = content["vocabulary"]
-    kept = torch.as_tensor(saved["kept"]).tolist()
-    vocabulary = Vocabulary(kept, saved["coverage"])
+    vocabulary = Vocabulary(saved["kept"], saved["coverage"])
     vocabulary.check_matches(saved["hash"], str(path))
 
     # A network of the saved architecture, with the saved weights; no memory is taken for sizes
