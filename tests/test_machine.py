@@ -12,6 +12,7 @@ from conftest import fresh, interrupt_at, quiet
 import flashlm_helpers as fl
 from flashlm_helpers.autotune import compile_network
 from flashlm_helpers.cli.common import choose_preset
+from flashlm_helpers.cli.main import main
 from flashlm_helpers.config import FlashLMError, TrainConfig
 from flashlm_helpers.experiments.experiment import Experiment
 from flashlm_helpers.machine import compiler, hardware, threads
@@ -432,6 +433,26 @@ def test_a_busy_program_is_seen_on_this_machine():
     seconds = end.clock - begin.clock
     assert (end.everyone - begin.everyone) - (end.ours - begin.ours) > 0.3 * seconds
     assert end.ours - begin.ours < 0.3 * seconds
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two"])
+def test_a_number_of_threads_that_cannot_be_is_one_line(threads, capsys):
+    try:
+        status = main(["info", "--threads", threads])
+    except SystemExit as end:  # what argparse refuses
+        status = end.code
+    assert status == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_flag_bounds_the_threads_of_every_runtime(tmp_path):
+    code = (
+        "import sys, torch; from flashlm_helpers.cli.main import main; "
+        "from flashlm_helpers.machine.hardware import usable_cores; "
+        "main(['info', '--threads', '1', '--json']); "
+        "sys.exit(torch.get_num_threads() + usable_cores())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 2
 
 
 def test_omp_num_threads_is_an_upper_bound(monkeypatch):

@@ -31,7 +31,8 @@ from flashlm_helpers.evaluation import evaluate
 from flashlm_helpers.experiments.experiment import Experiment
 from flashlm_helpers.generation import generate
 from flashlm_helpers.loss import sample_negatives
-from flashlm_helpers.machine import files
+from flashlm_helpers.machine import files, threads
+from flashlm_helpers.machine.threads import FOLLOWER
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import build_optimizer, learning_rate
 from flashlm_helpers.runtime.compact import save_compact
@@ -39,9 +40,9 @@ from flashlm_helpers.runtime.pytorch import PyTorchModel
 from flashlm_helpers.training import NON_FINITE_STEPS, StopReason, Trainer
 from flashlm_helpers.vocab import Vocabulary
 
-# ---- the recipe ----
-
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+# ---- the recipe ----
 
 
 @given(st.floats(0.001, 0.4), st.floats(0.001, 0.6), st.floats(0, 0.5), st.floats(1e-5, 1))
@@ -624,3 +625,63 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path, vocabulary,
     (tmp_path / "file").touch()
     with pytest.raises(FlashLMError, match="cannot write"):
         save_checkpoint(tmp_path / "file" / LAST, untrained(model_config, vocabulary))
+
+
+# ---- threads ----
+
+
+@pytest.fixture
+def crowded(monkeypatch):
+    """A machine of two cores, both of them free until a test calls this."""
+    now = threads.Usage(0.0, 0.0, 0.0)
+    others = 0.0
+
+    def usage():
+        nonlocal now
+        now = threads.Usage(now.clock + 1.0, now.everyone + 1.0 + others, now.ours + 1.0)
+        return now
+
+    def crowd():
+        nonlocal others
+        others = 1.0
+
+    monkeypatch.setattr(threads, "allowed_cores", lambda: [0, 1])
+    monkeypatch.setattr(threads, "LOOK_SECONDS", -1e9)  # at every call
+    monkeypatch.setattr(FOLLOWER, "_usage", usage)
+    FOLLOWER.limit(2)
+    return crowd
+
+
+def test_a_timed_run_follows_what_others_leave_and_notes_it(
+    prepared, model_config, tmp_path, crowded, capsys
+):
+    def on_step(progress):
+        if progress.step == 3:
+            crowded()
+        if progress.step == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    recipe = TrainConfig(hours=1, batch=8, compile=False, validation_stories=5)
+    run_training(model_config, recipe, prepared, tmp_path, on_step=on_step)
+    (first, all_of_them), (later, fewer) = load_checkpoint(tmp_path, LAST).progress.threads
+    assert (first, all_of_them, fewer) == (0, 2, 1)
+    assert 3 <= later <= 5
+    assert capsys.readouterr().err.count("computing with 1 thread") == 1
+
+
+def test_a_run_in_epochs_keeps_its_threads_and_so_does_resuming_it(
+    prepared, model_config, train_config, tmp_path, crowded
+):
+    def on_step(progress):
+        crowded()
+        interrupt_at(4)(progress)
+
+    torch.set_num_threads(1)
+    run_training(model_config, train_config, prepared, tmp_path, on_step=on_step)
+    stopped = load_checkpoint(tmp_path, LAST)
+    assert stopped.progress.threads == [(0, 2)]  # the limit, whatever was there before
+
+    # Another machine, or another day: the number is that of the run.
+    stopped.progress.threads = [(0, 1)]
+    run_training(model_config, train_config, prepared, tmp_path, resume=stopped)
+    assert load_checkpoint(tmp_path, LAST).progress.threads == [(0, 1)]

@@ -95,6 +95,7 @@ def _run(arguments: list[str] | None) -> int:
 
         # Only the command that is asked for is imported and prepared for.
         command = importlib.import_module(f"flashlm_helpers.cli.{COMMANDS[args.command]}")
+
         # A bound on the threads holds for all runtimes, as if the shell had set it.
         if args.threads is not None:
             check_threads(args.threads)

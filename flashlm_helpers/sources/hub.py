@@ -148,8 +148,7 @@ def open_split(
     with _explain_errors(f"{path} cannot be read from the hub"):
         newest = _in_time(HUB_PATIENCE, "the hub did not answer", _ask_hub, path)
         revision = revision or newest
-        parts = _in_time(DOWNLOAD_PATIENCE, late, _load_split, dataset, split, revision)
-    stories, own = parts
+        stories, own = _in_time(DOWNLOAD_PATIENCE, late, _load_split, dataset, split, revision)
     return _guard(stories, path), own, revision
 
 
