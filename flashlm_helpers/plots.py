@@ -21,6 +21,7 @@ RED = "#D55E00"
 BLACK = "#000000"
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, BLACK)
+MARKS = "os^vDPX*"
 
 
 def column(rows: Sequence, name: str, unit: float = 1) -> np.ndarray:

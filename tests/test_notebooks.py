@@ -5,11 +5,14 @@ import json
 import re
 from copy import deepcopy
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
 from conftest import times
 from nbclient import NotebookClient
+
+import flashlm_helpers as fl
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 IMPORTED_NAMES = 5  # of ours besides fl, at most
@@ -70,6 +73,17 @@ def test_one_import_and_one_set_up(path):
     assert sum("import flashlm_helpers as fl" in source for source in sources) == 1
     names = re.findall(r"(?m)^from flashlm_helpers\S* import (.*)$", "\n".join(sources))
     assert len(",".join(names).split(",")) <= IMPORTED_NAMES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_name_of_ours_is_there(path):
+    _, sources, _ = read_cells(path)
+    for chain in set(re.findall(r"\bfl((?:\.\w+)+)", "\n".join(sources))):
+        value = fl
+        for name in chain[1:].split("."):
+            if isinstance(value, ModuleType):
+                assert hasattr(value, name), f"fl{chain}"
+                value = getattr(value, name)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

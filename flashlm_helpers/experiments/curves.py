@@ -6,9 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flashlm_helpers.plots import COLOURS, column
-
-MARKS = "os^vDPX*"
+from flashlm_helpers.plots import COLOURS, MARKS, column
 
 
 def plot_race(records: Sequence) -> Figure:
