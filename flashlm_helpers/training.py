@@ -147,7 +147,7 @@ class Trainer:
         except (ValueError, KeyError) as error:
             raise FlashLMError(
                 "the checkpoint's optimizer is of another kind than this run's: resume with the "
-                "one it had (if that was Muon, which is gone since version 0.1, train anew)"
+                "one it had (if that was Muon, which is gone, train anew)"
             ) from error
         torch.set_rng_state(checkpoint.random_state)
 

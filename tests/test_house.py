@@ -1,6 +1,7 @@
 """The shape of the house: which way imports run, what stands at the top level, what hangs on fl."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,14 @@ def test_every_name_and_module_hangs_on_fl():
         assert getattr(fl, name) is not None, name
     with pytest.raises(AttributeError, match="nothing_such"):
         _ = fl.nothing_such
+
+
+def test_every_promise_names_a_test_that_is_there():
+    root = PACKAGE.parent
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (root / "SECURITY.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (root / "tests" / file).read_text(), test
 
 
 def test_importing_the_package_imports_nothing_heavy():
