@@ -29,7 +29,7 @@ def test_the_series_is_complete():
         "06_generation",
         "07_runtimes",
         "08_your_own_mixer",
-        "11_ablations",
+        "12_ablations",
     ]
 
 
