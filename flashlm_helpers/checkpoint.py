@@ -51,10 +51,11 @@ class ValidPoint:
 
 @dataclass
 class History:
-    """Both curves of a run."""
+    """The curves of a run; of a curriculum, also one on each of its texts, by name."""
 
     train: list[TrainPoint] = field(default_factory=list)
     valid: list[ValidPoint] = field(default_factory=list)
+    sources: dict[str, list[ValidPoint]] = field(default_factory=dict)
 
 
 ACTIVITIES = ("prepare", "train", "validate", "save", "display")
@@ -100,10 +101,14 @@ class Progress:
     def from_dict(cls, content: dict) -> "Progress":
         """Make a Progress of what asdict() gave, also in an earlier version."""
         progress = cls(**content)
-        rows = content.get("history", {"train": [], "valid": []})
+        rows = {"train": [], "valid": [], "sources": {}} | content.get("history", {})
+        sources = {}
+        for name, points in rows["sources"].items():
+            sources[name] = [ValidPoint(**row) for row in points]
         progress.history = History(
             [TrainPoint(**row) for row in rows["train"]],
             [ValidPoint(**row) for row in rows["valid"]],
+            sources,
         )
 
         # The best validation and its step used to be one dictionary, empty before the first.

@@ -1,10 +1,9 @@
 """Texts as streams of stories: from the hub, a folder, any strings, or the built-in generator."""
 
 import hashlib
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,37 @@ from flashlm_helpers import builtin
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.sources.folders import find_stories, read_folder, state_of
 from flashlm_helpers.sources.hub import HUB, HubText, choose_text, find_dataset
-from flashlm_helpers.sources.splits import hold_out, is_held_out
+from flashlm_helpers.sources.readability import EasyText
+from flashlm_helpers.sources.strings import split_strings
 
 SPLITS = ("train", "valid")
 BUILTIN_STORIES = {"train": 20_000, "valid": 1_000}
+SMALLEST_SHARE = 0.001  # of a run's budget, for a stage
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """How to open a text again: the name of a data set, or a folder. Checkpoints hold it."""
+    """How to open a text again: a data set's name, a folder, or stages. Checkpoints hold it."""
 
     dataset: str | None = None
     text_dir: str | None = None
     limit: int | None = None  # training stories
     revision: str | None = None  # the hub's commit that a run has read, to be told, not chosen
+    max_grade: float | None = None  # harder texts are left out
+
+    # Of a curriculum: its stages, each with its share of the budget, and whether they are shuffled.
+    stages: tuple["TextSource", ...] = ()
+    share: float | None = None
+    shuffled: bool = False
 
     @classmethod
     def from_dict(cls, content: dict) -> "TextSource | None":
         """Read what asdict() gave, also in an earlier version; return None if it names no text."""
-        # Earlier versions kept the size of the vocabulary here, too, and no revision.
-        source = cls(*[content.get(field.name) for field in fields(cls)])
-        return source if source.dataset or source.text_dir else None
+        # Earlier versions kept the size of the vocabulary here, too, and fewer other things.
+        known = {field.name: content.get(field.name, field.default) for field in fields(cls)}
+        known["stages"] = tuple(map(cls.from_dict, known["stages"]))
+        source = cls(**known)
+        return source if source.dataset or source.text_dir or source.stages else None
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,21 @@ class Corpus:
         return filter(None, map(str.strip, self.read(split)))
 
 
-def open_corpus(text: Any = "auto", limit: int | None = None) -> Corpus:
+@dataclass(frozen=True)
+class Curriculum(Corpus):
+    """Several texts in one run: one after another, or shuffled together.
+
+    stages: the texts, in order, and the shares of the budget that are spent on them. shuffled:
+    every step reads from all of them, by their shares. What its stories() yields is the mix.
+    """
+
+    stages: tuple[tuple[Corpus, float], ...] = ()
+    shuffled: bool = False
+
+
+def open_corpus(
+    text: Any = "auto", limit: int | None = None, max_grade: float | None = None
+) -> Corpus:
     """Open a text, wherever it is.
 
     text is one of
@@ -74,20 +97,23 @@ def open_corpus(text: Any = "auto", limit: int | None = None) -> Corpus:
       - strings: any iterable, read once into memory, or {"train": strings, "valid": strings};
       - a TextSource, as a checkpoint holds it, or a Corpus, which is returned as it is.
     limit: take only the first `limit` training stories (of the generator: make that many).
+    max_grade: leave out texts with a higher reading_grade(), in both splits.
     Raises FlashLMError if there is no such text. A hub is asked when the stories are read; "auto"
     also asks at once.
     """
     if limit is not None and limit < 1:
         raise FlashLMError(f"limit must be at least 1 story, not {limit}")
-    if limit is not None and isinstance(text, Corpus | TextSource):
-        raise FlashLMError("this text has its limit already: give one where you first open it")
+    limited = limit is not None or max_grade is not None
+    if limited and isinstance(text, Corpus | TextSource):
+        raise FlashLMError("this text has its limits already: give them where you first open it")
 
     # What was opened before.
     if isinstance(text, Corpus):
         return text
     if isinstance(text, TextSource):
-        place = Path(text.text_dir) if text.text_dir else text.dataset
-        return open_corpus(place, text.limit)
+        return _open_source(text)
+    if max_grade is not None:
+        return _open_easy(text, limit, max_grade)
 
     # A name, a folder, or the stories themselves.
     if isinstance(text, str):
@@ -95,6 +121,22 @@ def open_corpus(text: Any = "auto", limit: int | None = None) -> Corpus:
     if isinstance(text, Path):
         return _open_folder(text, limit)
     return _open_strings(text, limit)
+
+
+def _open_source(source: TextSource) -> Corpus:
+    if source.stages:
+        stages = [(stage, stage.share) for stage in source.stages]
+        return open_curriculum(stages, source.shuffled)
+    place = Path(source.text_dir) if source.text_dir else source.dataset
+    return open_corpus(place, source.limit, source.max_grade)
+
+
+def _open_easy(text: Any, limit: int | None, max_grade: float) -> Corpus:
+    # The limit counts what is left.
+    whole = open_corpus(text)
+    source = whole.source and replace(whole.source, limit=limit, max_grade=max_grade)
+    key = _key(whole.key, limit, max_grade)
+    return Corpus(whole.name, key, EasyText(whole.read, max_grade, limit), source)
 
 
 def _open_named(name: str, limit: int | None) -> Corpus:
@@ -139,36 +181,10 @@ def _read_builtin(counts: dict[str, int], split: str) -> Iterator[str]:
     return builtin.stories(split, count=counts[split])
 
 
-def _open_strings(text: Iterable[str], limit: int | None) -> Corpus:
-    stories = {"train": [], "valid": []}
-    if isinstance(text, dict):
-        if set(text) != set(SPLITS):
-            raise FlashLMError("a dict of stories has the keys train and valid, and no other")
-        stories["train"] += itertools.islice(_check_strings(text["train"]), limit)
-        stories["valid"] += _check_strings(text["valid"])
-    else:
-        # A generator can be read only once, and may be endless: so the limit ends it.
-        read = []
-        kept = 0
-        for story in _check_strings(text):
-            read.append(story)
-            kept += not is_held_out(story)
-            if kept == limit:
-                break
-        for split in SPLITS:
-            stories[split] += hold_out(read, split)
-
+def _open_strings(text: Any, limit: int | None) -> Corpus:
     # Equal stories have equal keys, so caches are found again in another process, too.
-    key = _key("stories", stories)
-    return Corpus("stories", key, stories.__getitem__)
-
-
-def _check_strings(stories: Iterable[Any]) -> Iterator[str]:
-    for story in stories:
-        if not isinstance(story, str):
-            kind = type(story).__name__
-            raise FlashLMError(f"a story must be a string, not {kind}: give an iterable of strings")
-        yield story
+    stories = split_strings(text, limit)
+    return Corpus("stories", _key("stories", stories), stories.__getitem__)
 
 
 # ---- a folder, and the files in it ----
@@ -183,3 +199,62 @@ def _open_folder(folder: Path, limit: int | None) -> Corpus:
     folder = folder.resolve()
     read = partial(read_folder, files, limit)
     return Corpus(folder.name, key, read, TextSource(None, str(folder), limit))
+
+
+# ---- several texts ----
+
+
+def open_curriculum(stages: Sequence[tuple[Any, float]], shuffled: bool = False) -> Curriculum:
+    """Open several texts for one run, in stages or shuffled together.
+
+    stages: each a text, as open_corpus() takes it, and its share of the budget.
+    Raises FlashLMError for a text that is not there, and unless the shares are at least 0.001
+    each and add up to 1.
+    """
+    # Shares first: texts take longer to open.
+    shares = [share for _, share in stages]
+    if not all(SMALLEST_SHARE <= share <= 1 for share in shares):
+        raise FlashLMError(f"a stage takes from {SMALLEST_SHARE} to 1 of the budget, not {shares}")
+    if abs(sum(shares) - 1) > SMALLEST_SHARE / 2:
+        raise FlashLMError(
+            f"the shares of a curriculum add up to {sum(shares):g}: they must add up to 1"
+        )
+    opened = tuple((open_corpus(text), share) for text, share in stages)
+
+    # Caches of the mix belong to these texts and shares.
+    name = "-".join(dict.fromkeys(corpus.name for corpus, _ in opened))
+    key = _key("curriculum", [(corpus.key, share) for corpus, share in opened], shuffled)
+
+    # It can be opened again if each of its texts can.
+    source = None
+    if all(corpus.source for corpus, _ in opened):
+        parts = [replace(corpus.source, share=share) for corpus, share in opened]
+        source = TextSource(stages=tuple(parts), shuffled=shuffled)
+    return Curriculum(name, key, partial(_read_mix, opened), source, opened, shuffled)
+
+
+def _read_mix(stages: Sequence[tuple[Corpus, float]], split: str) -> Iterator[str]:
+    """Yield the stories of all stages in turns, so that each has its share of the characters.
+
+    A text that ends before the others begins again, until each was read once.
+    """
+    reading = [corpus.stories(split) for corpus, _ in stages]
+    spent = [0.0] * len(stages)  # characters, over the share
+    unread = set(range(len(stages)))
+    while unread:
+        # Whoever has had least is next.
+        turn = spent.index(min(spent))
+        corpus, share = stages[turn]
+        story = next(reading[turn], None)
+        if story is not None:
+            spent[turn] += len(story) / share
+            yield story
+            continue
+
+        # From the start again, if it has one.
+        if spent[turn] == 0:
+            raise FlashLMError(
+                f"{corpus.name} has no story in its {split} split: leave it out, or add some"
+            )
+        unread.discard(turn)
+        reading[turn] = corpus.stories(split)

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.corpus import Corpus
+from flashlm_helpers.corpus import Corpus, Curriculum
 from flashlm_helpers.machine.files import atomic_write, one_line, project_dir
 from flashlm_helpers.machine.integrity import read_header, write_header
 from flashlm_helpers.machine.notices import LenientStream, notice
@@ -46,6 +46,7 @@ class TokenFile:
     def __init__(self, path: Path, identity: dict):
         self.path = Path(path)
         self.vocabulary_hash = identity["vocabulary"]
+        self.corpus_key = identity["corpus"]
         # Whatever else lies under this name, one of these lines fails on it.
         try:
             header = read_header(self.path, _HEADER)
@@ -157,19 +158,84 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
+# ---- several files in one run ----
+
+SLOTS = 1_000  # rows after which a mixture deals its rows out anew, by shares of a thousandth
+
+
+class Mixture:
+    """Several token files as one text: the rows of a batch are theirs, by their shares.
+
+    parts: the files. shares: of the rows; they add up to 1.
+    """
+
+    def __init__(self, parts: Sequence[TokenFile], shares: Sequence[float]):
+        self.parts = parts
+        self.path = parts[0].path
+        self.vocabulary_hash = parts[0].vocabulary_hash
+        self.revision = None
+
+        # What stands in two stages is counted once.
+        different = {part.path: part for part in parts}.values()
+        self.n_tokens = sum(part.n_tokens for part in different)
+        self.n_stories = sum(part.n_stories for part in different)
+
+        # The part of each slot, and how many slots before it are of the same part.
+        ends = np.floor(np.cumsum(shares) * SLOTS + 0.5)
+        self._dealt = np.searchsorted(ends, np.arange(SLOTS), side="right")
+        self._counts = np.bincount(self._dealt, minlength=len(parts))
+        self._earlier = np.arange(SLOTS) - (np.cumsum(self._counts) - self._counts)[self._dealt]
+
+    def windows(self, length: int) -> int:
+        """Return how many windows of `length` targets all the files are cut into."""
+        different = {part.path: part for part in self.parts}.values()
+        return sum(part.windows(length) for part in different)
+
+    def batch(self, step: int, batch: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the batch of one step, int64 (B, T) each, as TokenFile.batch() does."""
+        order = _order(seed, 0, SLOTS)
+        rows = []
+        for number in range(step * batch, (step + 1) * batch):
+            # Each part gives its own rows, one after another.
+            turn, place = divmod(number, SLOTS)
+            slot = order[place]
+            part = self._dealt[slot]
+            row = turn * self._counts[part] + self._earlier[slot]
+            rows.append(self.parts[part].batch(int(row), 1, length, seed))
+        inputs, targets = zip(*rows, strict=True)
+        return torch.cat(inputs), torch.cat(targets)
+
+
 # ---- from a corpus to token files ----
 
 
 class PreparedText(NamedTuple):
-    """Everything that training needs of a text."""
+    """Everything that training needs of a text.
+
+    stages: of a curriculum, its files and the share of the budget after which each ends.
+    sources: its validation files by name; the last one is `valid`.
+    """
 
     vocabulary: Vocabulary
-    train: TokenFile
+    train: TokenFile | Mixture
     valid: TokenFile
+    stages: tuple[tuple[TokenFile, float], ...] = ()
+    sources: dict[str, TokenFile] = {}
 
     def held_out(self, count: int) -> list[str]:
         """Return at most `count` validation stories, spread evenly over the split."""
-        return [self.vocabulary.decode(ids) for ids in self.valid.sample_stories(count)]
+        return self.stories_of(self.valid, count)
+
+    def stories_of(self, tokens: TokenFile, count: int) -> list[str]:
+        """Return at most `count` stories of a validation file, spread evenly over it."""
+        return [self.vocabulary.decode(ids) for ids in tokens.sample_stories(count)]
+
+    def read_at(self, fraction: float) -> TokenFile | Mixture:
+        """Return what a step reads at whose end this share of the budget is spent."""
+        for tokens, end in self.stages:
+            if fraction <= end:
+                return tokens
+        return self.stages[-1][0] if self.stages else self.train
 
 
 def prepare(
@@ -178,18 +244,53 @@ def prepare(
     """Make the vocabulary and the token files of a text, or open those that were made before.
 
     vocabulary_size: the most ids of the vocabulary, which is counted from the first 100,000
-    training stories. data_dir: where files are kept (default: data/).
+    training stories; of a curriculum, from those of the mix. data_dir: where files are kept
+    (default: data/).
     Raises FlashLMError if there are fewer than two training stories or no validation story.
     """
     vocabulary = _prepare_vocabulary(corpus, vocabulary_size, data_dir)
+    if isinstance(corpus, Curriculum):
+        return _prepare_stages(corpus, vocabulary, data_dir)
+    train = _training_tokens(corpus, vocabulary, data_dir, [])
+    return PreparedText(vocabulary, train, tokenize(corpus, "valid", vocabulary, data_dir))
 
+
+def _prepare_stages(
+    curriculum: Curriculum, vocabulary: Vocabulary, data_dir: Path | None
+) -> PreparedText:
+    # A text may come in two stages, and two texts may have one name. The last one comes last.
+    sources = {}
+    for number, (corpus, _) in enumerate(curriculum.stages, 1):
+        valid = tokenize(corpus, "valid", vocabulary, data_dir)
+        name = corpus.name
+        if name in sources and sources[name].corpus_key != corpus.key:
+            name = f"{name} ({number})"
+        sources.pop(name, None)
+        sources[name] = valid
+
+    # What one text validates with, another one may hold to train on.
+    parts = []
+    ends = []
+    for corpus, share in curriculum.stages:
+        parts.append(_training_tokens(corpus, vocabulary, data_dir, list(sources.values())))
+        ends.append(share + (ends[-1] if ends else 0.0))
+
+    # Shuffled, there is one stage, and all of them are in it.
+    shares = [share for _, share in curriculum.stages]
+    mixture = Mixture(parts, shares)
+    stages = () if curriculum.shuffled else tuple(zip(parts, ends, strict=True))
+    return PreparedText(vocabulary, mixture, valid, stages, sources)
+
+
+def _training_tokens(
+    corpus: Corpus, vocabulary: Vocabulary, data_dir: Path | None, held_out: Sequence[TokenFile]
+) -> TokenFile:
     # A single story nearly always means that stories are not separated.
-    train = tokenize(corpus, "train", vocabulary, data_dir)
+    train = tokenize(corpus, "train", vocabulary, data_dir, held_out)
     if train.n_stories < 2:
-        problem = "the training text holds one story only"
+        problem = f"the training text of {corpus.name} holds one story only"
         raise FlashLMError(f"{problem}: separate stories with a line {SEPARATOR}")
-    valid = tokenize(corpus, "valid", vocabulary, data_dir)
-    return PreparedText(vocabulary, train, valid)
+    return train
 
 
 def _prepare_vocabulary(corpus: Corpus, size: int, data_dir: Path | None) -> Vocabulary:
@@ -212,14 +313,22 @@ def _prepare_vocabulary(corpus: Corpus, size: int, data_dir: Path | None) -> Voc
 
 
 def tokenize(
-    corpus: Corpus, split: str, vocabulary: Vocabulary, data_dir: Path | None = None
+    corpus: Corpus,
+    split: str,
+    vocabulary: Vocabulary,
+    data_dir: Path | None = None,
+    held_out: Sequence[TokenFile] = (),
 ) -> TokenFile:
     """Open the token file of one split; build it if there is none, or it is damaged.
 
-    data_dir: where token files are kept; data/ of the project by default.
+    data_dir: where token files are kept; data/ of the project by default. held_out: what a run
+    validates with besides the text's own; its stories are left out of training, too.
     """
     # Another text, split or vocabulary has another file.
     identity = {"corpus": corpus.key, "split": split, "vocabulary": vocabulary.hash}
+    others = [tokens for tokens in held_out if tokens.corpus_key != corpus.key]
+    if others:
+        identity["held_out"] = sorted(tokens.corpus_key for tokens in others)
     content = json.dumps(identity).encode()
     digest = hashlib.sha256(content).hexdigest()[:12]
     path = _cache_path(corpus, f"{split}-{digest}.tokens", data_dir)
@@ -232,11 +341,11 @@ def tokenize(
             notice(f"{path} cannot be used: building it anew")
 
     # A training story that is a validation story, too, would make the model look better than it is.
-    held_out = []
+    copies = []
     if split == "train":
-        valid = tokenize(corpus, "valid", vocabulary, data_dir)
-        held_out = map(vocabulary.decode, valid.sample_stories(valid.n_stories))
-    stories = leave_out_copies(corpus.stories(split), held_out)
+        for valid in [tokenize(corpus, "valid", vocabulary, data_dir), *others]:
+            copies += map(vocabulary.decode, valid.sample_stories(valid.n_stories))
+    stories = leave_out_copies(corpus.stories(split), copies)
     revision = getattr(corpus.read, "revision", None)
     return TokenFile.build(path, identity, stories, vocabulary, revision)
 

@@ -104,10 +104,16 @@ class Trainer:
         self.network.dropout = self.config.dropout
         self.network.sampled_softmax = self.config.sampled_softmax
 
-        # Whole stories, the same ones at every validation.
-        self.valid_stories = self.text.held_out(self.config.validation_stories)
-        self.valid_ids = encode_stories(self.text.vocabulary, self.valid_stories)
-        self.valid_tokens = sum(len(ids) - 2 for ids in self.valid_ids)  # without BOS and EOS
+        # Whole stories, the same ones at every validation; several texts share their number.
+        sources = self.text.sources or {"": self.text.valid}
+        count = max(1, self.config.validation_stories // len(sources))
+        self.valid_stories = {}
+        self.valid_tokens = 0
+        for name, tokens in sources.items():
+            stories = self.text.stories_of(tokens, count)
+            ids = encode_stories(self.text.vocabulary, stories)
+            self.valid_stories[name] = (stories, ids)
+            self.valid_tokens += sum(len(story) - 2 for story in ids)  # without BOS and EOS
 
         # The clock starts in run().
         self.progress = Progress(next_validation=self._validation_gap())
@@ -314,7 +320,8 @@ class Trainer:
 
         # One optimizer step, which is skipped if it would do harm.
         length = self.network.config.sequence_length
-        inputs, targets = self.text.train.batch(p.step, config.batch, length, config.seed)
+        tokens = self.text.read_at(p.fraction)
+        inputs, targets = tokens.batch(p.step, config.batch, length, config.seed)
         p.loss, norm = optimizer_step(self.network, self.optimizer, inputs, targets, config)
         if math.isfinite(p.loss) and math.isfinite(norm):
             p.skipped_in_a_row = 0
@@ -349,17 +356,23 @@ class Trainer:
     def _validate(self) -> None:
         p = self.progress
 
-        # Score whole stories with the whole vocabulary, as eval-bpc does.
-        nats = token_nats(self.network, self.valid_ids, self.config.bfloat16)
-        report = bits_report(self.valid_stories, nats)
-        scores = (report.nats_per_token, report.bpc, report.bpb)
-        p.history.valid.append(ValidPoint(p.step, p.elapsed, p.tokens_seen, *scores))
+        # Score whole stories with the whole vocabulary, as eval-bpc does. What a curriculum ends
+        # with is what its model is for, and comes last.
+        for name, (stories, ids) in self.valid_stories.items():
+            nats = token_nats(self.network, ids, self.config.bfloat16)
+            report = bits_report(stories, nats)
+            scores = (report.nats_per_token, report.bpc, report.bpb)
+            point = ValidPoint(p.step, p.elapsed, p.tokens_seen, *scores)
+            if self.text.sources:
+                p.history.sources.setdefault(name, []).append(point)
+        p.history.valid.append(point)
         self._record_time("validate")
 
-        # Patience counts the validations of the budget, not the extra ones.
+        # Patience counts the validations of the budget, not the extra ones, in the last stage.
+        last_stage = self.text.read_at(p.fraction) is self.text.read_at(1.0)
         if p.fraction >= p.next_validation:
             p.next_validation = p.fraction + self._validation_gap()
-            p.validations_since_best += 1
+            p.validations_since_best += 1 if last_stage else 0
 
         # Keep the best weights; what could not be kept is not the best.
         if p.best is None or report.nats_per_token < p.best.nats_per_token:

@@ -78,7 +78,8 @@ def timeless(progress):
     content = asdict(progress)
     for name in ("elapsed", "seconds", "step_seconds"):
         del content[name]
-    for rows in content["history"].values():
+    history = content["history"]
+    for rows in [history["train"], history["valid"], *history["sources"].values()]:
         for row in rows:
             del row["seconds"]
     return content

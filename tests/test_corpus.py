@@ -15,10 +15,11 @@ from hub import local_hub
 
 from flashlm_helpers import builtin, corpus
 from flashlm_helpers.config import FlashLMError
-from flashlm_helpers.corpus import Corpus, TextSource, is_held_out, open_corpus
+from flashlm_helpers.corpus import Corpus, TextSource, open_corpus
 from flashlm_helpers.machine.profile import active_profile
 from flashlm_helpers.sources import hub as hub_source
 from flashlm_helpers.sources.files import read_stories
+from flashlm_helpers.sources.splits import is_held_out
 from flashlm_helpers.tokens import prepare
 
 
@@ -182,7 +183,7 @@ def test_a_corpus_is_returned_as_it_is():
     assert open_corpus(own) is own
     assert list(own.stories("train")) == ["one"]
     for text in (own, TextSource("builtin")):
-        with pytest.raises(FlashLMError, match="has its limit already"):
+        with pytest.raises(FlashLMError, match="has its limits already"):
             open_corpus(text, limit=3)
 
 

@@ -202,7 +202,8 @@ def test_a_report_is_plain_numbers_for_json():
 
 
 def test_the_trigram_is_a_distribution_in_every_context(prepared):
-    vocabulary, train, _ = prepared
+    vocabulary = prepared.vocabulary
+    train = prepared.train
     model = TrigramModel(train.ids, len(vocabulary))
     everything = np.arange(len(vocabulary))
     a, b, c, d = train.ids[[5, 6, 200, 201]].astype(int)
@@ -232,7 +233,8 @@ def test_the_trigram_equals_kneser_ney_by_hand():
 
 
 def test_counting_models_order_as_they_must(prepared, stories):
-    vocabulary, train, _ = prepared
+    vocabulary = prepared.vocabulary
+    train = prepared.train
     reports = counting_baselines(vocabulary, train.ids, stories[100:])
     assert list(reports) == ["uniform", "unigram", "trigram (Kneser-Ney)"]
     uniform, unigram, trigram = reports.values()

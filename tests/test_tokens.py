@@ -19,7 +19,8 @@ IDENTITY = {"corpus": "c", "split": "train", "vocabulary": "v"}
 
 
 def test_the_file_is_what_a_plain_tokenizer_gives(prepared, stories):
-    vocabulary, train, _ = prepared
+    vocabulary = prepared.vocabulary
+    train = prepared.train
     plain = [i for story in stories[:100] for i in (BOS, *vocabulary.encode(story), EOS)]
     assert train.ids.tolist() == plain and train.n_stories == 100
     assert train.n_bytes == sum(len(story.encode()) for story in stories[:100])
@@ -51,7 +52,7 @@ def test_an_epoch_has_every_token_once_as_a_target(short, length, batch, seed):
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(prepared):
-    _, train, _ = prepared
+    train = prepared.train
     first = train.batch(7, 4, 32, seed=1)
     for other in (0, 100, 3):
         train.batch(other, 4, 32, seed=other)
@@ -65,7 +66,8 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(prepared):
 
 
 def test_stories_for_validation_are_spread_over_the_whole_file(prepared, stories):
-    vocabulary, train, _ = prepared
+    vocabulary = prepared.vocabulary
+    train = prepared.train
     sample = [vocabulary.decode(ids) for ids in train.sample_stories(5)]
     assert sample == [stories[i] for i in (0, 24, 49, 74, 99)]
 

@@ -92,6 +92,45 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--dataset", metavar="NAME", help=f"{known}, or {any_other}")
 
 
+def add_curriculum_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --curriculum, --shuffled and --max-grade."""
+    parser.add_argument(
+        "--curriculum",
+        metavar="SOURCE:SHARE,...",
+        help="train in stages, each a folder or a data set with its share of the budget, such as "
+        "tinystories:0.6,simplestories:0.4; the last one decides which weights are best",
+    )
+    parser.add_argument(
+        "--shuffled",
+        action="store_true",
+        help="read from all texts of the curriculum in every step, not one after another",
+    )
+    parser.add_argument(
+        "--max-grade",
+        type=float,
+        metavar="GRADE",
+        help="leave out texts that are harder to read than this school grade",
+    )
+
+
+def parse_curriculum(text: str) -> list[tuple[str, float]]:
+    """Read "SOURCE:SHARE,SOURCE:SHARE,..."; a source may have colons of its own.
+
+    Raises FlashLMError for a stage that is written otherwise.
+    """
+    stages = []
+    for part in text.split(","):
+        source, _, share = part.rpartition(":")
+        try:
+            stages.append((source, float(share)))
+        except ValueError:
+            source = ""
+        if not source:
+            advice = "write SOURCE:SHARE, such as tinystories:0.6"
+            raise FlashLMError(f"{part!r} is no stage of a curriculum: {advice}") from None
+    return stages
+
+
 def add_mixer_flag(parser: argparse.ArgumentParser) -> None:
     """Add --mixer NAME=MODULE:CLASS, which may be given several times."""
     parser.add_argument(

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from flashlm_helpers.checkpoint import BEST, LAST, Checkpoint
 from flashlm_helpers.cli.common import (
+    add_curriculum_flags,
     add_mixer_flag,
     add_recipe_flags,
     add_text_flags,
     choose_preset,
     given_recipe,
     notice,
+    parse_curriculum,
     stories_for,
 )
 from flashlm_helpers.config import PRESETS, FlashLMError, ModelConfig, TrainConfig, find_preset
-from flashlm_helpers.corpus import Corpus, open_corpus
+from flashlm_helpers.corpus import Corpus, Curriculum, open_corpus, open_curriculum
 from flashlm_helpers.experiments.experiment import Experiment, RunReport
 from flashlm_helpers.experiments.size import count_parameters
 from flashlm_helpers.generation import generate
@@ -67,6 +69,7 @@ def add_parser(commands) -> None:
     add_recipe_flags(parser, RECIPE_FLAGS)
     parser.add_argument("--eager", action="store_true", help="do not use torch.compile")
     add_text_flags(parser)
+    add_curriculum_flags(parser)
     parser.add_argument(
         "--save-dir",
         metavar="PATH",
@@ -167,26 +170,53 @@ def choose_model(args: argparse.Namespace, resume: Checkpoint | None) -> ModelCo
 
 def choose_text(args: argparse.Namespace, resume: Checkpoint | None, recipe: TrainConfig) -> Corpus:
     """Open the text that the flags name, or that the resumed run was trained on."""
+    if args.shuffled and not args.curriculum:
+        raise FlashLMError("--shuffled needs several texts: name them with --curriculum")
+    if args.curriculum:
+        return choose_curriculum(args, recipe)
+
+    # A resumed run goes on with as much of its text, wherever that is now.
     source = resume.source if resume else None
+    grade = args.max_grade
+    if grade is None and source:
+        grade = source.max_grade
     if args.text_dir:
-        return open_corpus(Path(args.text_dir), source.limit if source else None)
+        return open_corpus(Path(args.text_dir), source.limit if source else None, grade)
 
     # A data set of the hub is read no further than the run can get.
     if args.dataset:
         limit = source.limit if source else stories_for(recipe.hours)
-        return open_corpus(args.dataset, limit)
+        return open_corpus(args.dataset, limit, grade)
     if resume is None:
-        return open_corpus("auto", stories_for(recipe.hours))
+        return open_corpus("auto", stories_for(recipe.hours), grade)
 
     if source is None:
         raise FlashLMError(
             f"{args.resume} does not say which text it was trained on: resume from the {LAST} of "
             "a run that was started here, or name its text"
         )
-    if source.text_dir and not Path(source.text_dir).is_dir():
-        problem = f"the text of this run is no longer in {source.text_dir}"
-        raise FlashLMError(f"{problem}: say where it is now with --text-dir DIR")
+    for part in source.stages or [source]:
+        if part.text_dir and not Path(part.text_dir).is_dir():
+            problem = f"the text of this run is no longer in {part.text_dir}"
+            flag = "--curriculum" if source.stages else "--text-dir DIR"
+            raise FlashLMError(f"{problem}: say where it is now with {flag}")
     return open_corpus(source)
+
+
+def choose_curriculum(args: argparse.Namespace, recipe: TrainConfig) -> Curriculum:
+    """Open the texts of --curriculum."""
+    if args.text_dir or args.dataset:
+        raise FlashLMError("--curriculum names all texts: leave out --text-dir and --dataset")
+    stages = []
+    for name, share in parse_curriculum(args.curriculum):
+        # A folder is read whole, a data set of the hub no further than its stage can get.
+        folder = Path(name).is_dir()
+        limit = None
+        if recipe.hours is not None and not folder and share > 0:
+            limit = stories_for(recipe.hours * share)
+        text = Path(name) if folder else name
+        stages.append((open_corpus(text, limit, args.max_grade), share))
+    return open_curriculum(stages, args.shuffled)
 
 
 def choose_folder(args: argparse.Namespace, preset: str) -> Path:

@@ -1,11 +1,12 @@
-"""The figure of a race: how fast each of its runs learned."""
+"""The figures of races and of curricula: how fast each run learned, and each of its texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from flashlm_helpers.checkpoint import ValidPoint
 from flashlm_helpers.plots import COLOURS, MARKS, column
 
 
@@ -57,3 +58,36 @@ def _draw_race(panel: Axes, records: Sequence, name: str, unit: float) -> None:
         )
     panel.set_xlim(0, 1.04 * furthest)
     panel.grid(alpha=0.3)
+
+
+def plot_sources(
+    curves: Mapping[str, Sequence[ValidPoint]],
+    changes: Sequence[float] = (),
+    axes: Axes | None = None,
+) -> Figure:
+    """Plot the validation of a run on each of its texts, in bits per byte, over tokens seen.
+
+    curves: History.sources. changes: shares of the run after which another stage began, drawn as
+    dashed lines. axes: where to draw, by default in a new figure. Returns the figure.
+    """
+    if axes is None:
+        _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for number, (name, points) in enumerate(curves.items()):
+        axes.plot(
+            column(points, "tokens", 1e6),
+            column(points, "bpb"),
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKS[number % len(MARKS)],
+            markersize=4,
+            label=name,
+        )
+
+    # The last validation is at the end of the run.
+    end = max(points[-1].tokens for points in curves.values()) / 1e6
+    for change in changes:
+        axes.axvline(change * end, color="black", linestyle="--", linewidth=1)
+    axes.set_xlabel("tokens seen (M)")
+    axes.set_ylabel("validation bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return axes.figure
