@@ -204,21 +204,23 @@ def _open_folder(folder: Path, limit: int | None) -> Corpus:
 # ---- several texts ----
 
 
+def check_shares(shares: Sequence[float]) -> None:
+    """Raise FlashLMError unless the shares of a budget are at least 0.001 each and add up to 1."""
+    if not all(SMALLEST_SHARE <= share <= 1 for share in shares):
+        listed = ", ".join(f"{share:g}" for share in shares)
+        raise FlashLMError(f"a stage takes from {SMALLEST_SHARE} to 1 of the budget, not {listed}")
+    if abs(sum(shares) - 1) > SMALLEST_SHARE / 2:
+        problem = f"the shares of a curriculum add up to {sum(shares):g}"
+        raise FlashLMError(f"{problem}: they must add up to 1")
+
+
 def open_curriculum(stages: Sequence[tuple[Any, float]], shuffled: bool = False) -> Curriculum:
     """Open several texts for one run, in stages or shuffled together.
 
     stages: each a text, as open_corpus() takes it, and its share of the budget.
-    Raises FlashLMError for a text that is not there, and unless the shares are at least 0.001
-    each and add up to 1.
+    Raises FlashLMError for a text that is not there, and for shares that cannot be.
     """
-    # Shares first: texts take longer to open.
-    shares = [share for _, share in stages]
-    if not all(SMALLEST_SHARE <= share <= 1 for share in shares):
-        raise FlashLMError(f"a stage takes from {SMALLEST_SHARE} to 1 of the budget, not {shares}")
-    if abs(sum(shares) - 1) > SMALLEST_SHARE / 2:
-        raise FlashLMError(
-            f"the shares of a curriculum add up to {sum(shares):g}: they must add up to 1"
-        )
+    check_shares([share for _, share in stages])
     opened = tuple((open_corpus(text), share) for text, share in stages)
 
     # Caches of the mix belong to these texts and shares.

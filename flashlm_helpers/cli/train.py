@@ -19,7 +19,7 @@ from flashlm_helpers.cli.common import (
     stories_for,
 )
 from flashlm_helpers.config import PRESETS, FlashLMError, ModelConfig, TrainConfig, find_preset
-from flashlm_helpers.corpus import Corpus, Curriculum, open_corpus, open_curriculum
+from flashlm_helpers.corpus import Corpus, Curriculum, check_shares, open_corpus, open_curriculum
 from flashlm_helpers.experiments.experiment import Experiment, RunReport
 from flashlm_helpers.experiments.size import count_parameters
 from flashlm_helpers.generation import generate
@@ -207,12 +207,14 @@ def choose_curriculum(args: argparse.Namespace, recipe: TrainConfig) -> Curricul
     """Open the texts of --curriculum."""
     if args.text_dir or args.dataset:
         raise FlashLMError("--curriculum names all texts: leave out --text-dir and --dataset")
+    named = parse_curriculum(args.curriculum)
+    check_shares([share for _, share in named])
     stages = []
-    for name, share in parse_curriculum(args.curriculum):
+    for name, share in named:
         # A folder is read whole, a data set of the hub no further than its stage can get.
         folder = Path(name).is_dir()
         limit = None
-        if recipe.hours is not None and not folder and share > 0:
+        if recipe.hours is not None and not folder:
             limit = stories_for(recipe.hours * share)
         text = Path(name) if folder else name
         stages.append((open_corpus(text, limit, args.max_grade), share))

@@ -67,12 +67,17 @@ def plot_sources(
 ) -> Figure:
     """Plot the validation of a run on each of its texts, in bits per byte, over tokens seen.
 
-    curves: History.sources. changes: shares of the run after which another stage began, drawn as
-    dashed lines. axes: where to draw, by default in a new figure. Returns the figure.
+    curves: History.sources; one without points keeps its colour for another figure. changes:
+    shares of the run after which another stage began, drawn as dashed lines. axes: where to draw,
+    by default in a new figure. Returns the figure.
     """
     if axes is None:
         _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    end = 0.0
     for number, (name, points) in enumerate(curves.items()):
+        if not points:
+            continue
+        end = max(end, points[-1].tokens / 1e6)
         axes.plot(
             column(points, "tokens", 1e6),
             column(points, "bpb"),
@@ -83,9 +88,9 @@ def plot_sources(
         )
 
     # The last validation is at the end of the run.
-    end = max(points[-1].tokens for points in curves.values()) / 1e6
     for change in changes:
         axes.axvline(change * end, color="black", linestyle="--", linewidth=1)
+    axes.set_xlim(0, 1.04 * end)
     axes.set_xlabel("tokens seen (M)")
     axes.set_ylabel("validation bits per byte")
     axes.grid(alpha=0.3)

@@ -97,7 +97,11 @@ class Experiment:
 
         # What the tokens are of, whatever the hub has by now.
         source = corpus.source
-        if source is not None:
+        if source is not None and source.stages:
+            parts = zip(source.stages, text.train.parts, strict=True)
+            stages = [replace(stage, revision=part.revision) for stage, part in parts]
+            source = replace(source, stages=tuple(stages))
+        elif source is not None:
             source = replace(source, revision=text.train.revision)
 
         # All random numbers of the run come from its seed, and none of the caller's are used up. A
