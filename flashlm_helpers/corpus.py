@@ -224,7 +224,7 @@ def open_curriculum(stages: Sequence[tuple[Any, float]], shuffled: bool = False)
     opened = tuple((open_corpus(text), share) for text, share in stages)
 
     # Caches of the mix belong to these texts and shares.
-    name = "-".join(dict.fromkeys(corpus.name for corpus, _ in opened))
+    name = "-".join(dict.fromkeys(corpus.name for corpus, _ in opened))[:80]
     key = _key("curriculum", [(corpus.key, share) for corpus, share in opened], shuffled)
 
     # It can be opened again if each of its texts can.

@@ -152,8 +152,8 @@ class TokenFile:
         return stories
 
 
-# A batch may lie in two epochs; the orders of both are remembered.
-@functools.lru_cache(maxsize=2)
+# A batch may lie in two epochs, and in a mixture in those of several files: all are remembered.
+@functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
