@@ -1,4 +1,4 @@
-"""Train v4-shaped models of several widths on several numbers of tokens: the points of a scaling law.
+"""Train v4-shaped models of several widths on several numbers of tokens, for a scaling law.
 
 Every point is the end of a run of its own, whose learning rate falls to zero just there. Budgets
 are counted in tokens, so results do not depend on the speed of the machine or on what else it
@@ -22,12 +22,18 @@ from flashlm_helpers.training import StopReason
 RESULTS = Path(__file__).parent / "results" / "scaling.jsonl"
 SCORED_STORIES = 400  # of the validation split
 BATCH = 8
+LR = 4e-3  # of a width of 192; narrower models want more
 
 
 def model_of(width: int) -> fl.ModelConfig:
     """Return v4's shape at another width: six blocks, and a GLU of 8/3 of the width."""
     hidden = 16 * round(width / 6)
     return fl.ModelConfig(f"v4-{width}", width=width, hidden=hidden, vocabulary_size=4096)
+
+
+def learning_rate_of(width: int) -> float:
+    """Return the peak learning rate, which falls with the square root of the width."""
+    return LR * math.sqrt(192 / width)
 
 
 def run(corpus: Corpus, width: int, tokens: int, lr: float, seed: int) -> dict:
@@ -62,7 +68,7 @@ def main() -> None:
     parser.add_argument("--text-dir", metavar="DIR", help="default: the built-in corpus")
     parser.add_argument("--widths", default="32,48,64,96,128,192")
     parser.add_argument("--tokens", default="0.5,1,2,4", help="in millions")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, help="default: by the width")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", default="1/1", help="K/N: take the K-th of every N runs")
     parser.add_argument("--threads", type=int, default=1)
@@ -76,12 +82,13 @@ def main() -> None:
     widths = [int(value) for value in args.widths.split(",")]
     part, parts = map(int, args.part.split("/"))
     for number, (tokens, width) in enumerate(itertools.product(millions, widths)):
-        terms = {"text": corpus.name, "width": width, "lr": args.lr, "seed": args.seed}
+        lr = args.lr or learning_rate_of(width)
+        terms = {"text": corpus.name, "width": width, "lr": lr, "seed": args.seed}
         terms |= {"wanted_tokens": round(tokens * 1e6)}
         lines = read_json_lines(args.results)
         if number % parts != part - 1 or any(terms.items() <= line.items() for line in lines):
             continue
-        done = terms | run(corpus, width, terms["wanted_tokens"], args.lr, args.seed)
+        done = terms | run(corpus, width, terms["wanted_tokens"], lr, args.seed)
         append_json_line(args.results, json.loads(json.dumps(done)))
         print(
             f"{corpus.name} width {width} {tokens:g} M: {done['score']['bpb']:.4f} BPB", flush=True

@@ -150,10 +150,14 @@ _HYBRID = ModelConfig("hybrid-small", width=256, blocks=4, hidden=640, vocabular
 _HYBRID = replace(_HYBRID, mixers=("conv", "attention"), layer_scale=True)
 _WIDE = replace(_HYBRID, name="hybrid-large", width=320, heads=5, mixers=("attention", "conv"))
 
+# The model before v4 (see the archive): its one block is applied twice.
+_V3 = ModelConfig("v3", width=256, blocks=1, hidden=683, sequence_length=512, kernel_size=4)
+_V3 = replace(_V3, vocabulary_size=50_257, mixers=("v3",))
+
 # Not a v4: small enough for tests, and for notebooks in the smoke profile.
 _TINY = ModelConfig("tiny", width=64, blocks=2, hidden=128, sequence_length=128)
 
-PRESETS = {model.name: model for model in (_SMALL, _LARGE, _HYBRID, _WIDE, _TINY)}
+PRESETS = {model.name: model for model in (_SMALL, _LARGE, _HYBRID, _WIDE, _V3, _TINY)}
 
 # The float twin of each preset: the difference between the two is the price of ternary weights.
 for _name in list(PRESETS):

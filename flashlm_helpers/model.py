@@ -88,6 +88,12 @@ class BoltBlock(nn.Module):
         return x + self.glu(self.glu_norm(x)) * glu_scale, state
 
 
+def build_block(config: ModelConfig, mixer: str) -> nn.Module:
+    """Make a BoltBlock with this mixer, or what is registered as a whole block under its name."""
+    kind = find_mixer(mixer)
+    return kind(config) if getattr(kind, "is_block", False) else BoltBlock(config, mixer)
+
+
 class FlashLM(nn.Module):
     """The language model: embedding, BoltBlocks, final RMSNorm, and a head tied to the embedding.
 
@@ -102,7 +108,7 @@ class FlashLM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(BoltBlock(config, mixer) for mixer in config.block_mixers)
+        self.blocks = nn.ModuleList(build_block(config, name) for name in config.block_mixers)
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
 
         # Training sets these: dropout of what the first block and the head read, and whether the

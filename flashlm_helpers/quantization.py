@@ -60,6 +60,10 @@ class BitLinear(nn.Linear):
         """Draw the latent weight from a normal distribution of standard deviation D_in ** -0.5."""
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
+    def ternarized(self) -> tuple[Tensor, Tensor]:
+        """Return the ternary weight (D_out, D_in), int8, and its scale."""
+        return ternarize(self.weight.detach())
+
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x (..., D_in) by the ternary weight; returns (..., D_out)."""
         return F.linear(x, self.effective_weight)

@@ -11,7 +11,9 @@ from flashlm_helpers.mixers import AttentionMixer, GatedConvMixer
 _REGISTRY: dict[str, type[nn.Module] | str] = {
     "conv": GatedConvMixer,
     "attention": AttentionMixer,
+    "v3": "flashlm_helpers.archive.v3:RecursiveBlock",
 }
+_BUILT_IN = frozenset(_REGISTRY)
 
 
 def register_mixer(name: str, mixer: type[nn.Module] | str) -> None:
@@ -19,7 +21,8 @@ def register_mixer(name: str, mixer: type[nn.Module] | str) -> None:
 
     mixer: a class as this module describes, or where to import it from, "module:Class", which
     other processes can do as well. A class of the same name and module replaces its earlier
-    definition, so that a notebook's cell may run twice.
+    definition, so that a notebook's cell may run twice. A class with `is_block = True` is a whole
+    block: it maps the stream to the stream that follows, and has no GLU beside it.
     Raises FlashLMError if the name is taken or not a word, or the class cannot be imported.
     """
     if not name.isidentifier():
@@ -46,7 +49,7 @@ def where_to_import(mixer: type[nn.Module] | str) -> str:
 def own_mixers(config: ModelConfig) -> dict[str, str]:
     """Return where to import each mixer of a config that is not built in, by name."""
     own = {}
-    for name in set(config.mixers) - {"conv", "attention"}:
+    for name in set(config.mixers) - _BUILT_IN:
         own[name] = where_to_import(find_mixer(name))
     return own
 

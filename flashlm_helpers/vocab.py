@@ -86,7 +86,8 @@ class Vocabulary:
         """Keep the tokens that occur most often in `stories`.
 
         size: the most ids that the vocabulary may have, with the four specials and 256 bytes; it
-        has fewer if the stories have fewer distinct tokens.
+        has fewer if the stories have fewer distinct tokens. From 50,257 on, it is GPT-2's own
+        vocabulary, also of tokens that do not occur.
         Raises FlashLMError if the size is out of range or there is no text.
         """
         if not SMALLEST <= size <= LARGEST:
@@ -100,7 +101,8 @@ class Vocabulary:
         # sort leaves tokens that are equally frequent in GPT-2's order.
         single = list(map(gpt2_encoding().encode_single_token, _SINGLE_BYTES))
         ranked = np.argsort(-counts, kind="stable")
-        others = ranked[(counts[ranked] > 0) & ~np.isin(ranked, single)]
+        wanted = (counts[ranked] > 0) | (size >= GPT2_SIZE)
+        others = ranked[wanted & ~np.isin(ranked, single)]
         kept = np.union1d(single, others[: size - SMALLEST])
 
         # Ids are given by frequency, too, so that a small id is a frequent token.

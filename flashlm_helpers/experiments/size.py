@@ -49,7 +49,9 @@ def _kind_of(module: nn.Module, name: str) -> str:
         return "embedding"
     if isinstance(module, nn.RMSNorm | BoltBlock):
         return "norm"
-    return "convolution" if name == "taps" else "other"
+    if name == "taps" or isinstance(module, nn.Conv1d):
+        return "convolution"
+    return "other"
 
 
 def packed_bytes(config: ModelConfig) -> int:

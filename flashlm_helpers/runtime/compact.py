@@ -6,7 +6,7 @@ import torch
 
 from flashlm_helpers.checkpoint import Checkpoint, plain_content
 from flashlm_helpers.machine.files import atomic_write
-from flashlm_helpers.quantization import BitLinear, pack_ternary, ternarize
+from flashlm_helpers.quantization import BitLinear, pack_ternary
 
 
 def save_compact(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -21,7 +21,7 @@ def save_compact(path: str | Path, checkpoint: Checkpoint) -> None:
     for name, weight in checkpoint.network.state_dict().items():
         layer = layers.get(name.removesuffix(".weight"))
         if isinstance(layer, BitLinear) and layer.ternary:
-            ternary, scale = ternarize(weight)
+            ternary, scale = layer.ternarized()
             packed = pack_ternary(ternary)
             weights[name] = {"packed": packed, "scale": scale, "shape": list(weight.shape)}
         elif name == "embedding.weight":

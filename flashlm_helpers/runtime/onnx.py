@@ -35,7 +35,7 @@ from flashlm_helpers.machine.hardware import usable_cores
 from flashlm_helpers.machine.threads import follow
 from flashlm_helpers.mixers import AttentionMixer, AttentionState, State, map_state
 from flashlm_helpers.model import FlashLM
-from flashlm_helpers.quantization import BitLinear, freeze_ternary, ternarize
+from flashlm_helpers.quantization import BitLinear, freeze_ternary
 from flashlm_helpers.registry import own_mixers
 from flashlm_helpers.runtime.pytorch import PyTorchModel
 from flashlm_helpers.vocab import Vocabulary
@@ -115,7 +115,7 @@ class _LowBitEmbedding(nn.Module):
 
 def _low_bit_linear(layer: BitLinear) -> _LowBitLinear:
     # The codes of -1, 0 and +1 are 1, 2 and 3.
-    ternary, scale = ternarize(layer.weight.detach())
+    ternary, scale = layer.ternarized()
     codes = (ternary + 2).to(torch.uint8)
     return _LowBitLinear(codes, scale.expand(len(codes)), bits=2)
 

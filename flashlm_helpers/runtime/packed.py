@@ -40,7 +40,7 @@ from torch import Tensor
 from flashlm_helpers.config import FlashLMError, ModelConfig, attention_at
 from flashlm_helpers.machine.files import atomic_write
 from flashlm_helpers.model import FlashLM
-from flashlm_helpers.quantization import latent_weight, pack_ternary, ternarize, unpack_ternary
+from flashlm_helpers.quantization import latent_weight, pack_ternary, unpack_ternary
 from flashlm_helpers.runtime.pytorch import PyTorchModel
 from flashlm_helpers.vocab import BYTES, SPECIALS, Vocabulary, gpt2_encoding
 
@@ -270,8 +270,7 @@ def _network_values(network: FlashLM) -> dict[str, np.ndarray]:
         scales = []
         for layer in _TERNARY:
             name = f"blocks.{number}.{layer}.weight"
-            weight = block.get_submodule(layer).weight
-            ternary, scale = ternarize(weight.detach())
+            ternary, scale = block.get_submodule(layer).ternarized()
             values[name] = pack_ternary(ternary).numpy()
             scales.append(float(scale))
         values[f"blocks.{number}.scales"] = np.array(scales)
