@@ -46,8 +46,8 @@ class _StraightThrough(torch.autograd.Function):
 class SignLinear(BitLinear):
     """A linear layer as BitLinear, by v3's rule: what comes out grows with the width of the input.
 
-    Where a BitLinear keeps the size of its input, this multiplies it by about 0.65 times the
-    square root of D_in.
+    At the start, a BitLinear multiplies the size of its input by about 0.66, and this layer by
+    0.65 times the square root of D_in.
     """
 
     def ternarized(self) -> tuple[Tensor, Tensor]:
