@@ -10,12 +10,7 @@ from torch.nn import functional as F
 
 from flashlm_helpers.config import ModelConfig
 from flashlm_helpers.corpus import TextSource
-from flashlm_helpers.loss import (
-    CHUNK_ROWS,
-    tied_cross_entropy,
-    token_nll,
-    unnormalized_softmax,
-)
+from flashlm_helpers.loss import CHUNK_ROWS, tied_cross_entropy, token_nll, unnormalized_softmax
 from flashlm_helpers.mixers import State
 from flashlm_helpers.quantization import BitLinear
 from flashlm_helpers.registry import find_mixer
@@ -111,10 +106,12 @@ class FlashLM(nn.Module):
         self.blocks = nn.ModuleList(build_block(config, name) for name in config.block_mixers)
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
 
-        # Training sets these: dropout of what the first block and the head read, and whether the
-        # loss is estimated from a part of the vocabulary.
+        # Training sets these: dropout of what the first block and the head read, whether the loss
+        # is estimated from a part of the vocabulary, and, before every step, the share of the
+        # budget that is spent.
         self.dropout = 0.0
         self.sampled_softmax = False
+        self.spent = 1.0
 
         # compile() replaces these by compiled ones.
         self.compiled = False

@@ -312,6 +312,7 @@ class Trainer:
         p.lr = learning_rate(p.fraction, config.lr, config.warmup, config.decay, config.floor)
         for group in self.optimizer.param_groups:
             group["lr"] = p.lr
+        self.network.spent = p.fraction  # for networks whose way to train changes on the way
 
         # Sums depend on the threads that share them, in their last bits, so changes are noted down.
         threads = follow()

@@ -138,7 +138,7 @@ def stir(network):
     """Give the layer scales values, so that blocks count; as they start, they do not."""
     with torch.no_grad():
         for block in network.blocks:
-            if block.layer_scale is not None:
+            if getattr(block, "layer_scale", None) is not None:
                 block.layer_scale.normal_(1.0, 0.3)
     return network
 

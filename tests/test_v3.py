@@ -224,26 +224,47 @@ def test_a_quarter_of_the_positions_counts_in_training_and_all_do_in_scoring(sma
     assert network.embedding.weight.grad.isfinite().all()
 
 
-def test_pieces_grow_until_windows_are_whole(small):
-    network = FlashLMv3(small)
-    sizes = []
-    for fraction in (0.0, 0.24, 0.25, 0.5, 0.74, 0.75, 1.0):
-        network.grow(fraction)
-        sizes.append(network.piece)
-    assert sizes == [64, 64, 128, 256, 256, None, None]
+@pytest.mark.parametrize(
+    "spent, length", [(0.0, 64), (0.249, 64), (0.25, 128), (0.5, 256), (0.75, 512), (1.0, 512)]
+)
+def test_sequences_grow_from_64_to_512(spent, length, small, monkeypatch):
+    network = network_of(small, FlashLMv3).train()
+    network.spent = spent
+    seen = []
+    hidden = network.hidden
+    monkeypatch.setattr(network, "hidden", lambda ids: seen.append(ids.shape) or hidden(ids))
+    ids = torch.randint(4, small.vocabulary_size, (2, 512))
+    network.loss(ids, ids)
+    assert seen == [(1024 // length, length)]
 
 
 def test_what_stands_before_a_piece_does_not_reach_it(small, monkeypatch):
-    network = network_of(replace(small, sequence_length=128), FlashLMv3).train()
+    network = network_of(small, FlashLMv3).train()
     monkeypatch.setattr(v3, "COUNTED", 1)
     ids = torch.randint(4, small.vocabulary_size, (2, 128))
     targets = ids.clone()
-    targets[:, :64] = -100  # only the second piece counts
+    targets[:, :112] = -100  # only the last of eight pieces counts
     edited = ids.clone()
-    edited[:, :64] = 4
+    edited[:, :112] = 4
     assert network.loss(ids, targets) != network.loss(edited, targets)
-    network.grow(0.0)
+    network.spent = 0.0
     torch.testing.assert_close(network.loss(ids, targets), network.loss(edited, targets))
+
+
+def test_a_run_tells_its_network_how_much_is_spent(small, prepared, one_thread, tmp_path):
+    recipe = TrainConfig(epochs=0.1, batch=8, validation_stories=4)
+    told = []
+
+    class Noting(FlashLMv3):
+        def loss(self, *arguments):
+            told.append(self.spent)
+            return super().loss(*arguments)
+
+    network = Noting(small)
+    optimizer = fl.build_optimizer(network, recipe)
+    fl.training.train(network, optimizer, recipe, prepared, tmp_path)
+    assert told == sorted(told)
+    assert 0 < told[0] < 0.2 and told[-1] == 1.0
 
 
 def test_gpt2s_whole_vocabulary_has_tokens_that_do_not_occur():

@@ -17,6 +17,7 @@ PASSES = 2  # of the one block
 DILATIONS = (1, 4, 64)  # tokens between two taps of a convolution, per layer
 GROUPS = 16  # channels of a convolution meet in so many groups
 COUNTED = 4  # in training, one position in so many counts
+PIECES = (8, 4, 2, 1)  # that windows are cut into, in each quarter of a run
 
 
 # ---- ternary weights without a scale ----
@@ -172,19 +173,10 @@ class FlashLMv3(FlashLM):
     """A FlashLM that trains as v3 did; pass it as build_model.
 
     In training, a random quarter of the positions counts, so the head, which is nearly all of the
-    model, has a quarter of the work. piece: positions that a window is cut into, at the start
-    fewer than it has; grow() sets it.
+    model, has a quarter of the work. Sequences grow: windows are cut into 8 pieces in the first
+    quarter of the budget, then into 4, then into 2 (of 512 tokens: 64, 128, 256), and stay whole
+    in the last one. Where the quarters end is our choice.
     """
-
-    piece: int | None = None
-
-    def grow(self, fraction: float) -> None:
-        """Cut windows into pieces of 64, 128 and 256 positions in the first quarters of a budget.
-
-        fraction: share of the budget that is spent. In the last quarter, windows stay whole.
-        """
-        quarter = int(4 * fraction)
-        self.piece = 64 * 2**quarter if quarter < 3 else None
 
     def loss(self, ids: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
         """Compute the mean cross-entropy in nats; in training, of a quarter of the targets (B, T).
@@ -195,9 +187,13 @@ class FlashLMv3(FlashLM):
             return super().loss(ids, targets, ignore_index)
 
         # Every piece begins as if nothing stood before it.
-        if self.piece and ids.shape[1] % self.piece == 0:
-            ids = ids.reshape(-1, self.piece)
-            targets = targets.reshape(-1, self.piece)
+        pieces = PIECES[min(int(len(PIECES) * self.spent), len(PIECES) - 1)]
+        if ids.shape[1] % pieces == 0:
+            length = ids.shape[1] // pieces
+            ids = ids.reshape(-1, length)
+            targets = targets.reshape(-1, length)
+
+        # The head computes the logits of the positions that count, and no others.
         hidden, _ = self.hidden(ids)
         rows = hidden.flatten(0, 1)
         counted = torch.randperm(len(rows))[: max(1, len(rows) // COUNTED)]

@@ -71,7 +71,6 @@ def receptive_field(config: ModelConfig) -> int | None:
 
     None means without end, or unknown: a mixer says it by a static method `reach(config)`.
     """
-    # Every block lets a position reach farther back, through the positions it has mixed in.
     # Every block reaches farther back, through the positions that it reads.
     total = 1
     for name in config.block_mixers:
