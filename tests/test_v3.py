@@ -256,9 +256,9 @@ def test_a_run_tells_its_network_how_much_is_spent(small, prepared, one_thread, 
     told = []
 
     class Noting(FlashLMv3):
-        def loss(self, *arguments):
+        def loss(self, *arguments, **named):
             told.append(self.spent)
-            return super().loss(*arguments)
+            return super().loss(*arguments, **named)
 
     network = Noting(small)
     optimizer = fl.build_optimizer(network, recipe)
