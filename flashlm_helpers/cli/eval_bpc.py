@@ -8,6 +8,7 @@ from flashlm_helpers.cli.common import add_mixer_flag, add_model_flags, load_or_
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.corpus import open_corpus
 from flashlm_helpers.evaluation import evaluate
+from flashlm_helpers.experiments.verbatim import measure_overlap, training_stories
 from flashlm_helpers.machine.numbers import has_bfloat16
 from flashlm_helpers.model import LanguageModel
 from flashlm_helpers.sources.files import read_stories
@@ -26,6 +27,11 @@ def add_parser(commands) -> None:
         help="stories: .txt, .json, .jsonl, .csv, .parquet",
     )
     parser.add_argument("--no-baselines", action="store_true", help="the model only")
+    parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="let the model write, and find what it copies from its training text",
+    )
     add_model_flags(parser)
     add_mixer_flag(parser)
 
@@ -39,6 +45,12 @@ def run(args: argparse.Namespace) -> dict:
     if not stories:
         raise FlashLMError(f"{args.text} holds no story: give a text file that is not empty")
 
+    # What cannot be compared says so before anything else is said.
+    overlap = None
+    if args.overlap:
+        training = training_stories(model.source, model.vocabulary)
+        overlap = measure_overlap(model, stories, training)
+
     # The model first; people may wait for the baselines.
     report = evaluate(model, stories)
     if not args.json:
@@ -48,6 +60,10 @@ def run(args: argparse.Namespace) -> dict:
     result |= asdict(report)
     if model.runtime == "torch":
         result["products"] = "bfloat16" if has_bfloat16() else "float32"
+    if overlap is not None:
+        result["overlap"] = asdict(overlap)
+        if not args.json:
+            print(f"\n{overlap}")
     if args.no_baselines:
         return result
 

@@ -44,7 +44,7 @@ def leave_out_copies(stories: Iterable[str], held_out: Iterable[str]) -> Iterato
     sharing = 0
     near = 0
     for batch in batches_of_text(stories):
-        words = [_words(story) for story in batch]
+        words = [words_of(story) for story in batch]
         shares = valid.mark_shared(words)
         for story, own, share in zip(batch, words, shares, strict=True):
             if own and hash(tuple(own)) in valid.stories:
@@ -72,7 +72,8 @@ def leave_out_copies(stories: Iterable[str], held_out: Iterable[str]) -> Iterato
         tqdm.write("; ".join(said), file=LenientStream())
 
 
-def _words(story: str) -> list[str]:
+def words_of(story: str) -> list[str]:
+    """Return the words of a text in small letters, without punctuation."""
     return story.lower().translate(_PLAIN).split()
 
 
@@ -88,7 +89,7 @@ class _HeldOut:
         runs = [np.zeros(0, np.uint64)]
         owners = [np.zeros(0, np.int64)]
         for batch in batches_of_text(stories):
-            words = [_words(story) for story in batch]
+            words = [words_of(story) for story in batch]
             self.stories.update(hash(tuple(one)) for one in words)
             found, owner = _hash_runs(words)
             runs.append(found)
