@@ -44,7 +44,7 @@ def check_mixer(mixer: str | type[nn.Module], config: ModelConfig = _CHECK_CONFI
     )
 
 
-def _differs(one: Tensor, other: Tensor) -> Tensor:
+def differs(one: Tensor, other: Tensor) -> Tensor:
     """Return where two streams (B, T, D) differ by more than rounding, (B, T)."""
     size = other.abs().max().clamp(min=1.0)
     return ((one - other).abs() > _TOLERANCE * size).any(-1)
@@ -78,7 +78,7 @@ def _sees_no_future(module: nn.Module, x: Tensor) -> str | None:
     for t in range(1, x.shape[1]):
         edited = x.clone()
         edited[:, t:] = torch.randn(edited[:, t:].shape, generator=torch.Generator().manual_seed(t))
-        changed = _differs(_mix(module, edited), before)[:, :t].nonzero()
+        changed = differs(_mix(module, edited), before)[:, :t].nonzero()
         if len(changed):
             position = int(changed[0, 1])
             return (
@@ -92,7 +92,7 @@ def _keeps_texts_apart(module: nn.Module, x: Tensor) -> str | None:
     before = _mix(module, x)
     edited = x.clone()
     edited[-1] += 1
-    if _differs(_mix(module, edited), before)[:-1].any():
+    if differs(_mix(module, edited), before)[:-1].any():
         return "mixes the texts of a batch: editing one text changes the output of another"
     return None
 
@@ -112,7 +112,7 @@ def _has_state(module: nn.Module, x: Tensor) -> str | None:
     sizes = [part.shape for part in parts]
     if sizes != [part.shape for part in earlier_parts]:
         return "has a state that grows with the text: a token must cost the same at any position"
-    if _differs(module(x, map_state(torch.zeros_like, state))[0], mixed).any():
+    if differs(module(x, map_state(torch.zeros_like, state))[0], mixed).any():
         return "starts a text otherwise than from zeros: a state of zeros must equal no state"
     return None
 
@@ -132,7 +132,7 @@ def _streams(module: nn.Module, x: Tensor) -> str | None:
                 return "changes the state it is given: make a new one instead"
             mixed.append(out)
             state = after
-        wrong = _differs(torch.cat(mixed, dim=1), whole).nonzero()
+        wrong = differs(torch.cat(mixed, dim=1), whole).nonzero()
         if len(wrong):
             position = int(wrong[:, 1].min())
             return (
