@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import assert_same_run, interrupt_at, quiet, write_stories
 
-from flashlm_helpers.checkpoint import BEST, LAST, load_checkpoint
+from flashlm_helpers.checkpoint import BEST, LAST, Progress, load_checkpoint
 from flashlm_helpers.cli.main import main
 from flashlm_helpers.config import FlashLMError, ModelConfig, TrainConfig
 from flashlm_helpers.corpus import Corpus, TextSource, open_corpus
 from flashlm_helpers.evaluation import evaluate
 from flashlm_helpers.experiments.experiment import Experiment, RunReport
+from flashlm_helpers.experiments.terminal import TerminalLine
 from flashlm_helpers.generation import generate
 from flashlm_helpers.model import FlashLM
 from flashlm_helpers.optimization import build_optimizer
@@ -324,3 +325,13 @@ def test_a_corpus_of_ones_own(stories, tmp_path):
     corpus = Corpus("mine", "a key", lambda split: iter(splits[split]))
     report = Experiment(corpus, MODEL, RECIPE).run(tmp_path / "run", on_step=quiet)
     assert report.source is None and report.stopped_by == "budget"
+
+
+def test_the_line_of_a_resumed_run_goes_on(capsys):
+    line = TerminalLine(n_tokens=10**9)
+    line.interval = 0.0
+    early = Progress(tokens_seen=10, elapsed=1.0)
+    for step in range(5):
+        line(replace(early, fraction=0.74 + step / 1000, loss=step))
+    shown = capsys.readouterr().err
+    assert [f"loss {step}.000" in shown for step in range(5)] == [True] * 5

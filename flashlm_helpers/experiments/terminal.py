@@ -35,10 +35,13 @@ class TerminalLine:
                     "after a few: the model kept is the one that scores best on held-out text"
                 )
 
-        # The line itself; tqdm holds it back until it is time for another.
+        # The line itself; tqdm holds it back until it is time for another, however little was done
+        # since (miniters): a resumed run begins with a leap, which is no measure of its steps.
         if self.bar is None:
             self.bar = tqdm(
                 total=1.0,
+                initial=p.fraction,
+                miniters=0,
                 bar_format="{percentage:3.0f}%|{bar:16}| {postfix}",
                 file=self.stream,
                 mininterval=self.interval,
