@@ -29,6 +29,7 @@ def test_the_series_is_complete():
         "06_generation",
         "07_runtimes",
         "08_your_own_mixer",
+        "09_scaling",
         "12_ablations",
     ]
 

@@ -1,13 +1,22 @@
-"""The figures of races and of curricula: how fast each run learned, and each of its texts."""
+"""The figures of races, curricula and scaling laws: how runs learn, and where they end."""
 
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from flashlm_helpers.checkpoint import ValidPoint
-from flashlm_helpers.plots import COLOURS, MARKS, column
+from flashlm_helpers.experiments.scaling import (
+    Extrapolation,
+    ScalingFit,
+    ScalingRun,
+    compute_frontier,
+    fit_power_law,
+)
+from flashlm_helpers.plots import BLACK, BLUE, COLOURS, GREEN, MARKS, ORANGE, RED, SKY, column
 
 
 def plot_race(records: Sequence) -> Figure:
@@ -96,3 +105,103 @@ def plot_sources(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return axes.figure
+
+
+def plot_scaling(fit: ScalingFit, held_out: Sequence[ScalingRun] = ()) -> Figure:
+    """Plot bits per byte over parameters and over tokens: runs, and the law fitted to them.
+
+    held_out: runs that the law was not fitted to, drawn as rings. Bands hold 95 % of the resampled
+    laws. Both axes are logarithmic.
+    """
+    figure, (by_size, by_tokens) = plt.subplots(
+        1, 2, figsize=(10, 4.8), sharey=True, layout="constrained"
+    )
+    _draw_scaling(by_size, fit, held_out, "parameters", "tokens")
+    _draw_scaling(by_tokens, fit, held_out, "tokens", "parameters")
+    by_size.set_ylabel("held-out bits per byte")
+    by_size.set_xlabel("parameters (M)")
+    by_tokens.set_xlabel("tokens seen (M)")
+    by_size.legend(fontsize=8, title="tokens seen")
+    by_tokens.legend(fontsize=8, title="parameters")
+    return figure
+
+
+def _draw_scaling(
+    panel: Axes, fit: ScalingFit, held_out: Sequence[ScalingRun], name: str, other: str
+) -> None:
+    """Draw runs and the law over one quantity, with a colour and a mark per value of the other."""
+    runs = [*fit.runs, *held_out]
+    x = column(runs, name)
+    curve = np.geomspace(0.9 * x.min(), 1.1 * x.max(), 60)
+
+    for number, value in enumerate(sorted(set(column(runs, other)))):
+        colour = COLOURS[number % len(COLOURS)]
+        mark = MARKS[number % len(MARKS)]
+        points = {"color": colour, "marker": mark, "linestyle": "", "markersize": 5}
+        for group, face in ((fit.runs, colour), (held_out, "none")):
+            shown = [run for run in group if getattr(run, other) == value]
+            panel.plot(
+                column(shown, name, 1e6), column(shown, "bpb"), markerfacecolor=face, **points
+            )
+
+        # The law for this value, from the smallest run to the largest.
+        def law(one, value=value):
+            return one.bpb(**{name: curve, other: value})
+
+        panel.plot(
+            curve / 1e6, law(fit.law), color=colour, linewidth=1, label=f"{value / 1e6:.2g} M"
+        )
+        if fit.resampled:
+            panel.fill_between(curve / 1e6, *fit.band(law), color=colour, alpha=0.15, linewidth=0)
+    _set_logarithmic(panel)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _set_logarithmic(panel: Axes) -> None:
+    """Make both axes logarithmic, with plain numbers for the bits per byte."""
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.grid(alpha=0.3)
+
+
+def plot_compute(fit: ScalingFit, beyond: Sequence[Extrapolation] = ()) -> Figure:
+    """Plot bits per byte over compute: runs, and what two laws promise the best of them.
+
+    beyond: extrapolations, drawn as crosses with their intervals. The grey part is where nothing
+    was measured. Both axes are logarithmic.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    measured = column(fit.runs, "flops")
+    largest = max(measured.max(), *column(beyond, "flops"), 0)
+    curve = np.geomspace(measured.min(), 1.5 * largest, 100)
+    best = compute_frontier(fit.runs)
+
+    # Every run, and those that none with less compute equals.
+    axes.plot(measured, column(fit.runs, "bpb"), ".", color=SKY, label="runs")
+    axes.plot(column(best, "flops"), column(best, "bpb"), "o", color=BLUE, label="the best of them")
+
+    # A law with an end, and one without.
+    axes.plot(curve, fit.law.frontier(curve), color=ORANGE, label="the law E + A/N^α + B/T^β")
+    if fit.resampled:
+        band = fit.band(lambda law: law.frontier(curve))
+        axes.fill_between(curve, *band, color=ORANGE, alpha=0.2, linewidth=0)
+    straight = fit_power_law(best, "flops")
+    axes.plot(curve, straight.bpb(curve), "--", color=GREEN, label="a straight line")
+
+    for number, one in enumerate(beyond):
+        label = "extrapolated" if number == 0 else None
+        bar = [[one.bpb.value - one.bpb.low], [one.bpb.high - one.bpb.value]]
+        axes.errorbar(one.flops, one.bpb.value, bar, fmt="x", color=RED, capsize=3, label=label)
+
+    axes.axvspan(measured.max(), curve[-1], color=BLACK, alpha=0.06, linewidth=0)
+    axes.set_xlim(0.8 * curve[0], curve[-1])
+    axes.set_xlabel("compute (operations, 6 per parameter and token; grey: nothing was measured)")
+    axes.set_ylabel("held-out bits per byte")
+    axes.legend(fontsize=8)
+    _set_logarithmic(axes)
+    return figure
