@@ -41,5 +41,5 @@ lab: .venv/installed
 	  $(BIN)/python -m pip install --quiet --timeout 10 --retries 0 --no-deps \
 	    --index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' requirements.txt) 2>/dev/null \
 	  || echo "PyTorch's CPU index does not answer: taking torch from PyPI"; fi
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e ".[peers]"
 	touch $@

@@ -1,8 +1,8 @@
 """A hub on this machine that Hugging Face's own client talks to, for tests without a network.
 
-It serves FOLDER/owner/name/... by as much of the hub's protocol as streaming a data set needs:
-which data sets and files there are, and ranges of their bytes. What goes wrong with hubs can be
-asked for, as attributes of what local_hub() yields.
+It serves FOLDER/owner/name/... by as much of the hub's protocol as streaming a data set and
+downloading a model need: which of them and which files there are, and ranges of their bytes.
+What goes wrong with hubs can be asked for, as attributes of what local_hub() yields.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ import huggingface_hub
 import pytest
 
 COMMIT = "c0ffee" * 6 + "abcd"
-QUESTION = re.compile(r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/(tree|resolve|revision)/[^/]+/?(.*))?")
+KIND = r"(?:/api)?(?:/datasets|/models)?"
+QUESTION = re.compile(KIND + r"/([^/]+/[^/]+)(?:/(tree|resolve|revision)/[^/]+/?(.*))?")
 
 
 class LocalHub(BaseHTTPRequestHandler):
@@ -63,7 +64,9 @@ class LocalHub(BaseHTTPRequestHandler):
         elif question[2] == "resolve":
             self.answer_range(place.read_bytes())
         else:
-            self.answer({"id": question[1], "sha": self.commit, "tags": [], "siblings": []})
+            files = [{"rfilename": found.name} for found in root.iterdir() if found.is_file()]
+            siblings = files if self.path.startswith("/api/models/") else []
+            self.answer({"id": question[1], "sha": self.commit, "tags": [], "siblings": siblings})
 
     do_HEAD = do_GET
 

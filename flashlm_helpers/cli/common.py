@@ -179,11 +179,11 @@ def load_or_torch(args: argparse.Namespace) -> LanguageModel:
         return load(args.checkpoint, "torch")
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint and --runtime."""
+def add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --checkpoint, which may be required, and --runtime."""
     parser.add_argument(
         "--checkpoint",
-        required=True,
+        required=required,
         metavar="PATH",
         help=f"{CHECKPOINT_HELP}, or an exported model: packed or .onnx",
     )

@@ -9,6 +9,7 @@ import importlib
 
 def __getattr__(name: str):
     """Import a module of this folder when it is first asked for, as in fl.experiments.terminal."""
-    if name in "curves experiment live mixer_check race scaling size terminal verbatim".split():
+    known = "curves experiment live mixer_check peers race scaling size terminal verbatim"
+    if name in known.split():
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"{__name__} has no {name!r}")

@@ -145,40 +145,43 @@ def open_split(
 
     # So it is not asked for anything before the hub has answered.
     late = f"{path} sent no story"
-    with _explain_errors(f"{path} cannot be read from the hub"):
-        newest = _in_time(HUB_PATIENCE, "the hub did not answer", _ask_hub, path)
+    with explain_errors(f"{path} cannot be read from the hub"):
+        newest = in_time(HUB_PATIENCE, "the hub did not answer", _ask_hub, path)
         revision = revision or newest
-        stories, own = _in_time(DOWNLOAD_PATIENCE, late, _load_split, dataset, split, revision)
+        stories, own = in_time(DOWNLOAD_PATIENCE, late, _load_split, dataset, split, revision)
     return _guard(stories, path), own, revision
 
 
 def _guard(stories: Iterator[str], path: str) -> Iterator[str]:
     # A download that ends halfway must not become a short corpus.
-    with _explain_errors(f"{path} broke off"):
+    with explain_errors(f"{path} broke off"):
         yield from stories
 
 
 @contextmanager
-def _explain_errors(problem: str) -> Iterator[None]:
-    """Raise every error as a FlashLMError: the problem, the error, and what to do."""
+def explain_errors(problem: str, advice: str = _ADVICE) -> Iterator[None]:
+    """Raise every error as a FlashLMError: the problem, the error, and what to do.
+
+    advice: what to do; where the hub refuses access, how to ask for it takes its place.
+    """
     try:
         yield
-    except FlashLMError:
+    except (FlashLMError, MemoryError):
         raise
     except Exception as error:
         # Where a person has to ask for access, trying again does not help.
         if _is_refusal(error):
-            advice = "ask for access on its page of the hub, then log in with: hf auth login"
-            raise FlashLMError(f"{problem}, since it is gated or private: {advice}") from error
+            asking = "ask for access on its page of the hub, then log in with: hf auth login"
+            raise FlashLMError(f"{problem}, since it is gated or private: {asking}") from error
 
         # The client writes whole paragraphs.
         kind = type(error).__name__
         reason = textwrap.shorten(f"{kind}: {error}", 160)
-        raise FlashLMError(f"{problem} ({reason}): {_ADVICE}") from error
+        raise FlashLMError(f"{problem} ({reason}): {advice}") from error
 
 
 def _is_refusal(error: BaseException | None) -> bool:
-    """Return whether the hub refused to show a data set to this person, at the root of an error."""
+    """Return whether the hub refused to show something to this person, at the root of an error."""
     from huggingface_hub.errors import GatedRepoError
 
     # The client wraps such an answer into errors of its own, sometimes with nothing but words.
@@ -191,8 +194,11 @@ def _is_refusal(error: BaseException | None) -> bool:
     return False
 
 
-def _in_time(seconds: float, late: str, work: Callable, *arguments) -> Any:
-    """Return work(*arguments); raise FlashLMError, beginning with `late`, if it takes longer."""
+def in_time(seconds: float, late: str, work: Callable, *arguments, advice: str = _ADVICE) -> Any:
+    """Return work(*arguments); raise FlashLMError if it takes longer than so many seconds.
+
+    The error's line is `late`, the seconds, and the advice.
+    """
     outcome = Future()
 
     def run():
@@ -205,7 +211,7 @@ def _in_time(seconds: float, late: str, work: Callable, *arguments) -> Any:
     threading.Thread(target=run, daemon=True).start()
     wait([outcome], seconds)
     if not outcome.done():
-        raise FlashLMError(f"{late} within {seconds:g} seconds: {_ADVICE}")
+        raise FlashLMError(f"{late} within {seconds:g} seconds: {advice}")
     return outcome.result()
 
 
