@@ -44,7 +44,7 @@ _NAMES = {
 }
 _MODULES = (
     "config corpus vocab tokens quantization mixers registry model loss optimization autotune "
-    "training checkpoint evaluation baselines generation plots machine experiments runtime builtin "
+    "training checkpoint evaluation generation plots machine experiments runtime builtin "
     "archive"
 )
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}

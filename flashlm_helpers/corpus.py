@@ -103,8 +103,7 @@ def open_corpus(
     """
     if limit is not None and limit < 1:
         raise FlashLMError(f"limit must be at least 1 story, not {limit}")
-    limited = limit is not None or max_grade is not None
-    if limited and isinstance(text, Corpus | TextSource):
+    if isinstance(text, Corpus | TextSource) and (limit, max_grade) != (None, None):
         raise FlashLMError("this text has its limits already: give them where you first open it")
 
     # What was opened before.
@@ -206,12 +205,11 @@ def _open_folder(folder: Path, limit: int | None) -> Corpus:
 
 def check_shares(shares: Sequence[float]) -> None:
     """Raise FlashLMError unless the shares of a budget are at least 0.001 each and add up to 1."""
-    if not all(SMALLEST_SHARE <= share <= 1 for share in shares):
-        listed = ", ".join(f"{share:g}" for share in shares)
-        raise FlashLMError(f"a stage takes from {SMALLEST_SHARE} to 1 of the budget, not {listed}")
-    if abs(sum(shares) - 1) > SMALLEST_SHARE / 2:
-        problem = f"the shares of a curriculum add up to {sum(shares):g}"
-        raise FlashLMError(f"{problem}: they must add up to 1")
+    large_enough = all(share >= SMALLEST_SHARE for share in shares)
+    if not large_enough or abs(sum(shares) - 1) > SMALLEST_SHARE / 2:
+        given = " + ".join(f"{share:g}" for share in shares)
+        problem = f"the shares of a curriculum are {given} = {sum(shares):g}"
+        raise FlashLMError(f"{problem}: give at least {SMALLEST_SHARE} to each, and 1 to all")
 
 
 def open_curriculum(stages: Sequence[tuple[Any, float]], shuffled: bool = False) -> Curriculum:

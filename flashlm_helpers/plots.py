@@ -4,12 +4,9 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flashlm_helpers.checkpoint import History
-from flashlm_helpers.evaluation import BPCReport
-from flashlm_helpers.generation import Story
 
 # The palette of Okabe and Ito.
 BLUE = "#0072B2"
@@ -58,63 +55,4 @@ def plot_training(history: History, figure: Figure | None = None) -> Figure:
     rate.set_ylim(bottom=0)
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
-    return figure
-
-
-def plot_bpc(
-    reports: dict[str, BPCReport], compressors: dict[str, dict[str, float]], highlight: str
-) -> Figure:
-    """Plot the BPC of models and compressors as bars, the best on top, with their intervals.
-
-    compressors: {name: {"bpc": ...}}. highlight: the name that has another colour.
-    """
-    bpc = {name: report.bpc for name, report in reports.items()}
-    for name, found in compressors.items():
-        bpc[name] = found["bpc"]
-
-    # Bars are drawn from the bottom up, so the worst comes first.
-    names = sorted(bpc, key=bpc.get, reverse=True)
-    figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1), layout="constrained")
-
-    for row, name in enumerate(names):
-        axes.barh(name, bpc[name], color=BLUE if name == highlight else SKY)
-
-        # The number goes behind the interval; compressors have none, nor has a single story.
-        high = bpc[name]
-        interval = reports[name].interval if name in reports else None
-        if interval:
-            low, high = interval["bpc"]
-            axes.plot([low, high], [row, row], color=BLACK, linewidth=2)
-        _write_beside(axes, f"{bpc[name]:.2f}", high, row)
-
-    axes.set_xlabel("bits per character (lower is better; black: 95 % interval over stories)")
-    axes.set_xlim(0, max(bpc.values()) * 1.12)
-    return figure
-
-
-def _write_beside(axes: Axes, text: str, x: float, row: int) -> None:
-    """Write a text a little to the right of a bar that ends at x."""
-    axes.annotate(text, (x, row), xytext=(6, 0), textcoords="offset points", va="center")
-
-
-def plot_entropy(story: Story, pieces: Sequence[str]) -> Figure:
-    """Plot, in bits, a model's entropy before each token it wrote, and the surprise of the token.
-
-    pieces: the text of each token, written below its place.
-    """
-    width = max(7, 0.2 * len(pieces))
-    figure, axes = plt.subplots(figsize=(width, 3.6), layout="constrained")
-    places = np.arange(len(pieces))
-
-    # A choice above its bar was less likely than the model's choices are on average.
-    axes.bar(places, story.entropy, color=SKY, label="entropy before the choice")
-    axes.plot(places, story.surprise, "o", color=RED, markersize=4, label="surprise of the choice")
-
-    # Unescaped, \n would break the line, and text between two $ would become a formula.
-    labels = [piece.replace("\n", "\\n").replace("$", r"\$") for piece in pieces]
-    axes.set_xticks(places, labels, rotation=90, fontsize=8)
-    axes.set_xlim(-1, len(pieces))
-    axes.set_xlabel("generated token")
-    axes.set_ylabel("bits")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure

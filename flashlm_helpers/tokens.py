@@ -173,12 +173,11 @@ class Mixture:
         self.parts = parts
         self.path = parts[0].path
         self.vocabulary_hash = parts[0].vocabulary_hash
-        self.revision = None
 
         # What stands in two stages is counted once.
-        different = {part.path: part for part in parts}.values()
-        self.n_tokens = sum(part.n_tokens for part in different)
-        self.n_stories = sum(part.n_stories for part in different)
+        self._different = list({part.path: part for part in parts}.values())
+        self.n_tokens = sum(part.n_tokens for part in self._different)
+        self.n_stories = sum(part.n_stories for part in self._different)
 
         # The part of each slot, and how many slots before it are of the same part.
         ends = np.floor(np.cumsum(shares) * SLOTS + 0.5)
@@ -188,8 +187,7 @@ class Mixture:
 
     def windows(self, length: int) -> int:
         """Return how many windows of `length` targets all the files are cut into."""
-        different = {part.path: part for part in self.parts}.values()
-        return sum(part.windows(length) for part in different)
+        return sum(part.windows(length) for part in self._different)
 
     def batch(self, step: int, batch: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
         """Return the batch of one step, int64 (B, T) each, as TokenFile.batch() does."""
@@ -222,12 +220,12 @@ class PreparedText(NamedTuple):
     stages: tuple[tuple[TokenFile, float], ...] = ()
     sources: dict[str, TokenFile] = {}
 
-    def held_out(self, count: int) -> list[str]:
-        """Return at most `count` validation stories, spread evenly over the split."""
-        return self.stories_of(self.valid, count)
+    def held_out(self, count: int, source: str | None = None) -> list[str]:
+        """Return at most `count` validation stories, spread evenly over the split.
 
-    def stories_of(self, tokens: TokenFile, count: int) -> list[str]:
-        """Return at most `count` stories of a validation file, spread evenly over it."""
+        source: one of `sources`; by default the text that validation is about.
+        """
+        tokens = self.sources[source] if source else self.valid
         return [self.vocabulary.decode(ids) for ids in tokens.sample_stories(count)]
 
     def read_at(self, fraction: float) -> TokenFile | Mixture:
@@ -255,12 +253,10 @@ def prepare(
     return PreparedText(vocabulary, train, tokenize(corpus, "valid", vocabulary, data_dir))
 
 
-def _prepare_stages(
-    curriculum: Curriculum, vocabulary: Vocabulary, data_dir: Path | None
-) -> PreparedText:
+def _prepare_stages(mix: Curriculum, vocabulary: Vocabulary, data_dir: Path | None) -> PreparedText:
     # A text may come in two stages, and two texts may have one name. The last one comes last.
     sources = {}
-    for number, (corpus, _) in enumerate(curriculum.stages, 1):
+    for number, (corpus, _) in enumerate(mix.stages, 1):
         valid = tokenize(corpus, "valid", vocabulary, data_dir)
         name = corpus.name
         if name in sources and sources[name].corpus_key != corpus.key:
@@ -269,17 +265,14 @@ def _prepare_stages(
         sources[name] = valid
 
     # What one text validates with, another one may hold to train on.
-    parts = []
-    ends = []
-    for corpus, share in curriculum.stages:
-        parts.append(_training_tokens(corpus, vocabulary, data_dir, list(sources.values())))
-        ends.append(share + (ends[-1] if ends else 0.0))
+    held_out = list(sources.values())
+    corpora, shares = zip(*mix.stages, strict=True)
+    parts = [_training_tokens(corpus, vocabulary, data_dir, held_out) for corpus in corpora]
 
     # Shuffled, there is one stage, and all of them are in it.
-    shares = [share for _, share in curriculum.stages]
-    mixture = Mixture(parts, shares)
-    stages = () if curriculum.shuffled else tuple(zip(parts, ends, strict=True))
-    return PreparedText(vocabulary, mixture, valid, stages, sources)
+    ends = itertools.accumulate(shares)
+    stages = () if mix.shuffled else tuple(zip(parts, ends, strict=True))
+    return PreparedText(vocabulary, Mixture(parts, shares), valid, stages, sources)
 
 
 def _training_tokens(
@@ -353,5 +346,4 @@ def tokenize(
 def _cache_path(corpus: Corpus, ending: str, data_dir: Path | None) -> Path:
     # "owner/name:config", a data set of the hub, cannot be the name of a file.
     name = re.sub(r"[/\\:]", "-", corpus.name)
-    folder = data_dir or project_dir() / "data"
-    return Path(folder) / f"{name}-{ending}"
+    return Path(data_dir or project_dir() / "data") / f"{name}-{ending}"

@@ -105,12 +105,12 @@ class Trainer:
         self.network.sampled_softmax = self.config.sampled_softmax
 
         # Whole stories, the same ones at every validation; several texts share their number.
-        sources = self.text.sources or {"": self.text.valid}
+        sources = list(self.text.sources) or [None]
         count = max(1, self.config.validation_stories // len(sources))
         self.valid_stories = {}
         self.valid_tokens = 0
-        for name, tokens in sources.items():
-            stories = self.text.stories_of(tokens, count)
+        for name in sources:
+            stories = self.text.held_out(count, name)
             ids = encode_stories(self.text.vocabulary, stories)
             self.valid_stories[name] = (stories, ids)
             self.valid_tokens += sum(len(story) - 2 for story in ids)  # without BOS and EOS
@@ -364,7 +364,7 @@ class Trainer:
             report = bits_report(stories, nats)
             scores = (report.nats_per_token, report.bpc, report.bpb)
             point = ValidPoint(p.step, p.elapsed, p.tokens_seen, *scores)
-            if self.text.sources:
+            if name:
                 p.history.sources.setdefault(name, []).append(point)
         p.history.valid.append(point)
         self._record_time("validate")

@@ -220,11 +220,11 @@ def test_an_experiment_trains_and_reports_on_every_text(folders, home, model_con
 @pytest.mark.parametrize(
     "shares, words",
     [
-        ((0.5, 0.4), "add up to 0.9"),
-        ((1.0, 0.0), "from 0.001 to 1"),
-        ((1.5, -0.5), "from 0.001 to 1"),
-        ((float("nan"), 0.5), "from 0.001 to 1"),
-        ((), "add up to 0"),
+        ((0.5, 0.4), "0.5 \\+ 0.4 = 0.9"),
+        ((1.0, 0.0), "at least 0.001 to each"),
+        ((1.5, -0.5), "at least 0.001 to each"),
+        ((float("nan"), 0.5), "nan"),
+        ((), "= 0"),
     ],
 )
 def test_shares_that_cannot_be_are_refused(folders, shares, words):
@@ -233,7 +233,7 @@ def test_shares_that_cannot_be_are_refused(folders, shares, words):
 
 
 MISTAKES = {
-    "{easy}:0.5,{hard}:0.4": "add up to 0.9",
+    "{easy}:0.5,{hard}:0.4": "0.5 + 0.4 = 0.9",
     "{easy}:0.5,{hard}": "is no stage of a curriculum",
     "{easy}:0.5,": "is no stage of a curriculum",
     ":1": "is no stage of a curriculum",

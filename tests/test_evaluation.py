@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashlm_helpers import plots
-from flashlm_helpers.baselines import TrigramModel, compressor_baselines, counting_baselines
 from flashlm_helpers.checkpoint import History, TrainPoint, ValidPoint
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.evaluation import (
@@ -22,6 +21,12 @@ from flashlm_helpers.evaluation import (
     evaluate,
     pack_into_lanes,
     token_nats,
+)
+from flashlm_helpers.experiments import curves
+from flashlm_helpers.experiments.baselines import (
+    TrigramModel,
+    compressor_baselines,
+    counting_baselines,
 )
 from flashlm_helpers.experiments.curves import plot_race
 from flashlm_helpers.generation import Story
@@ -268,10 +273,10 @@ def test_figures_take_what_runs_races_and_models_leave():
     assert [label.get_text() for label in panels[1].get_legend().texts] == ["one", "two"]
 
     reports = {"model": bits_report(["ab", "cd"], [np.ones(3)] * 2)}
-    [axes] = plots.plot_bpc(reports, {"xz": {"bpc": 9.0}}, highlight="model").axes
+    [axes] = curves.plot_bpc(reports, {"xz": {"bpc": 9.0}}, highlight="model").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["xz", "model"]
 
     story = Story("a", "a$\n", ids=[4, 5], surprise=[1.0, 2.0], entropy=[1.5, 0.5])
-    [axes] = plots.plot_entropy(story, ["$", "\n"]).axes
+    [axes] = curves.plot_entropy(story, ["$", "\n"]).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == [r"\$", r"\n"]
     plots.plt.close("all")

@@ -13,7 +13,7 @@ import flashlm_helpers as fl
 PACKAGE = Path(fl.__file__).parent
 CORE = {
     "config", "corpus", "vocab", "tokens", "quantization", "mixers", "registry", "model", "loss",
-    "optimization", "autotune", "training", "checkpoint", "evaluation", "baselines", "generation",
+    "optimization", "autotune", "training", "checkpoint", "evaluation", "generation",
     "plots",
 }  # fmt: skip
 WINGS = {"machine", "sources", "builtin", "experiments", "runtime", "archive", "cli"}
@@ -21,7 +21,7 @@ WINGS = {"machine", "sources", "builtin", "experiments", "runtime", "archive", "
 ORDER = [
     "config", "machine", "sources", "builtin", "corpus", "vocab", "tokens", "quantization",
     "mixers", "registry", "loss", "model", "optimization", "autotune", "evaluation", "checkpoint",
-    "training", "baselines", "generation", "plots", "archive", "runtime", "experiments", "cli",
+    "training", "generation", "plots", "archive", "runtime", "experiments", "cli",
 ]  # fmt: skip
 
 

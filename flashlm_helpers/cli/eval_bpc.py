@@ -3,11 +3,11 @@
 import argparse
 from dataclasses import asdict
 
-from flashlm_helpers.baselines import compressor_baselines, counting_baselines
 from flashlm_helpers.cli.common import add_mixer_flag, add_model_flags, load_or_torch, notice
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.corpus import open_corpus
 from flashlm_helpers.evaluation import evaluate
+from flashlm_helpers.experiments.baselines import compressor_baselines, counting_baselines
 from flashlm_helpers.experiments.peers import PeerReport, load_peer, require_transformers
 from flashlm_helpers.experiments.verbatim import measure_overlap, training_stories
 from flashlm_helpers.machine.numbers import has_bfloat16

@@ -9,7 +9,7 @@ import importlib
 
 def __getattr__(name: str):
     """Import a module of this folder when it is first asked for, as in fl.experiments.terminal."""
-    known = "curves experiment live mixer_check peers race scaling size terminal verbatim"
+    known = "baselines curves experiment live mixer_check peers race scaling size terminal verbatim"
     if name in known.split():
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"{__name__} has no {name!r}")
