@@ -109,14 +109,32 @@ def test_bad_files_are_one_clear_line(tmp_path, name, content, complaint):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_of_texts_by_any_name_is_one_to_train_on(tmp_path, capsys):
+    books = [f"This is book number {n}. It has {n} pages." for n in range(30)]
+    for n, book in enumerate(books):
+        (tmp_path / f"book{n:02}.txt").write_text(book)
+    (tmp_path / "cover.png").write_bytes(b"not a text")
+    corpus = open_corpus(tmp_path)
+    assert "not read: cover.png" in capsys.readouterr().err
+    train, valid = (list(corpus.stories(split)) for split in ("train", "valid"))
+    assert sorted(train + valid) == sorted(books)
+    assert valid and len(train) > len(valid)
+
+    # With a file for training, only such files are read; one for validation stays apart.
+    (tmp_path / "valid.txt").write_text("Another book.")
+    assert list(open_corpus(tmp_path).stories("train")) == books
+    (tmp_path / "train.txt").write_text("A story.\n<|endoftext|>\nA second one.")
+    assert list(open_corpus(tmp_path).stories("train")) == ["A story.", "A second one."]
+
+
 def test_bad_folders_are_one_clear_line(tmp_path):
     with pytest.raises(FlashLMError, match="is empty"):
         open_corpus(tmp_path)
     (tmp_path / "notes.md").touch()
-    with pytest.raises(FlashLMError, match="holds no train"):
+    with pytest.raises(FlashLMError, match="holds no text"):
         open_corpus(tmp_path)
     (tmp_path / "train.txt").mkdir()
-    with pytest.raises(FlashLMError, match="holds no train"):
+    with pytest.raises(FlashLMError, match="holds no text"):
         open_corpus(tmp_path)
     with pytest.raises(FlashLMError, match="not a folder"):
         open_corpus(tmp_path / "missing")

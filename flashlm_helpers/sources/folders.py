@@ -21,7 +21,8 @@ _READING = 2
 def find_stories(folder: Path) -> Files:
     """Find the files of each split in a folder, by their names and in the order of these.
 
-    Says on stderr, once, which they are and which others there are.
+    Where none is called train*, all texts are for training but those for validation. Says on
+    stderr, once, which they are and which others there are.
     Raises FlashLMError if there is no such folder, or nothing in it to train on.
     """
     if not folder.is_dir():
@@ -32,11 +33,16 @@ def find_stories(folder: Path) -> Files:
             files[_split_of(path)].append(path)
     others = files.pop(None)
 
+    # A folder of books, say, has no file for training by its name: all of its texts are.
+    if not files["train"]:
+        files["train"] = [path for path in others if suffix_of(path) in READERS]
+        others = [path for path in others if path not in files["train"]]
+
     # Say what is there instead, and what to do.
     if not files["train"]:
         problem = "is empty"
         if any(folder.iterdir()):
-            problem = f"holds no train file ({', '.join(READERS)})"
+            problem = f"holds no text ({', '.join(READERS)})"
         advice = f"put stories into train.txt, with a line {SEPARATOR} after each"
         raise FlashLMError(f"{folder} {problem}: {advice}")
 
