@@ -234,7 +234,7 @@ def test_ctrl_c_ends_a_run_that_can_go_on(text_dir, tmp_path):
     command += ["--batch", "2", "--eager", "--text-dir", text_dir, "--save-dir", folder, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
-        if "threads, batch" in line:  # training is about to start
+        if ", batch 2" in line:  # training is about to start
             break
     time.sleep(1)
     process.send_signal(signal.SIGINT)
