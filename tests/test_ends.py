@@ -82,11 +82,14 @@ def assert_whole(folder):
 @posix
 def test_signals_end_runs_whose_readers_are_gone(text_dir, tmp_path):
     """As Ctrl-C does with `2>&1 | tee log`, where tee dies first, or a terminal that is closed."""
+    # Tests under nohup would hand on that this signal is ignored.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     runs = {}
     for name in ("SIGINT", "SIGHUP"):
         command = endless(text_dir, tmp_path / name, "--json")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         runs[name] = subprocess.Popen(command, **pipes)
+    signal.signal(signal.SIGHUP, before)
     for name, process in runs.items():
         until_training(process.stdout)
         process.stdout.close()

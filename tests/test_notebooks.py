@@ -30,6 +30,8 @@ def test_the_series_is_complete():
         "07_runtimes",
         "08_your_own_mixer",
         "09_scaling",
+        "10_v3_archive",
+        "11_curriculum",
         "12_ablations",
     ]
 
