@@ -708,7 +708,7 @@ def test_bad_training_arguments_are_one_line(text_dir, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     text = ["--text-dir", text_dir]
     for arguments, complaint in [
-        (["--text-dir", tmp_path], "holds no train"),
+        (["--text-dir", tmp_path], "holds no text"),
         (["--text-dir", tmp_path / "none"], "not a folder"),
         ([*text, "--hours", 0], "hours must be greater than 0"),
         ([*text, "--hours", "nan"], "hours must be greater than 0"),
