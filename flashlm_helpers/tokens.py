@@ -208,17 +208,16 @@ class Mixture:
 
 
 class PreparedText(NamedTuple):
-    """Everything that training needs of a text.
-
-    stages: of a curriculum, its files and the share of the budget after which each ends.
-    sources: its validation files by name; the last one is `valid`.
-    """
+    """Everything that training needs of a text."""
 
     vocabulary: Vocabulary
     train: TokenFile | Mixture
     valid: TokenFile
-    stages: tuple[tuple[TokenFile, float], ...] = ()
-    sources: dict[str, TokenFile] = {}
+
+    # Of a curriculum: its files with the share of the budget after which each ends, and its
+    # validation files by name, of which the last one is `valid`.
+    stages = ()
+    sources = {}
 
     def held_out(self, count: int, source: str | None = None) -> list[str]:
         """Return at most `count` validation stories, spread evenly over the split.
@@ -234,6 +233,10 @@ class PreparedText(NamedTuple):
             if fraction <= end:
                 return tokens
         return self.stages[-1][0] if self.stages else self.train
+
+
+class StagedText(PreparedText):
+    """A PreparedText with `stages` and `sources` of its own."""
 
 
 def prepare(
@@ -270,9 +273,11 @@ def _prepare_stages(mix: Curriculum, vocabulary: Vocabulary, data_dir: Path | No
     parts = [_training_tokens(corpus, vocabulary, data_dir, held_out) for corpus in corpora]
 
     # Shuffled, there is one stage, and all of them are in it.
-    ends = itertools.accumulate(shares)
-    stages = () if mix.shuffled else tuple(zip(parts, ends, strict=True))
-    return PreparedText(vocabulary, Mixture(parts, shares), valid, stages, sources)
+    text = StagedText(vocabulary, Mixture(parts, shares), valid)
+    text.sources = sources
+    if not mix.shuffled:
+        text.stages = tuple(zip(parts, itertools.accumulate(shares), strict=True))
+    return text
 
 
 def _training_tokens(

@@ -105,6 +105,11 @@ def test_a_step_reads_from_the_stage_that_it_ends_in(staged):
         assert staged.read_at(fraction) is wanted
     assert staged.valid is staged.sources["hard"]
 
+    # As any prepared text, it is three things.
+    vocabulary, train, valid = staged
+    assert (vocabulary, valid) == (staged.vocabulary, staged.valid)
+    assert train.n_tokens == easy.n_tokens + hard.n_tokens
+
 
 def test_the_vocabulary_is_counted_from_the_mix(folders, tmp_path):
     # The hard text is a hundredth of all characters, but half of what is read.
