@@ -102,7 +102,9 @@ class Progress:
         """Make a Progress of what asdict() gave, also in an earlier version."""
         progress = cls(**content)
         rows = {"train": [], "valid": [], "sources": {}} | content.get("history", {})
-        sources = {n: [ValidPoint(**p) for p in curve] for n, curve in rows["sources"].items()}
+        sources = {}
+        for name, points in rows["sources"].items():
+            sources[name] = [ValidPoint(**row) for row in points]
         progress.history = History(
             [TrainPoint(**row) for row in rows["train"]],
             [ValidPoint(**row) for row in rows["valid"]],

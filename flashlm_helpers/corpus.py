@@ -12,6 +12,7 @@ from flashlm_helpers import builtin
 from flashlm_helpers.config import FlashLMError
 from flashlm_helpers.sources.folders import find_stories, read_folder, state_of
 from flashlm_helpers.sources.hub import HUB, HubText, choose_text, find_dataset
+from flashlm_helpers.sources.mixing import read_in_turns
 from flashlm_helpers.sources.readability import EasyText
 from flashlm_helpers.sources.strings import split_strings
 
@@ -230,31 +231,4 @@ def open_curriculum(stages: Sequence[tuple[Any, float]], shuffled: bool = False)
     if all(corpus.source for corpus, _ in opened):
         parts = [replace(corpus.source, share=share) for corpus, share in opened]
         source = TextSource(stages=tuple(parts), shuffled=shuffled)
-    return Curriculum(name, key, partial(_read_mix, opened), source, opened, shuffled)
-
-
-def _read_mix(stages: Sequence[tuple[Corpus, float]], split: str) -> Iterator[str]:
-    """Yield the stories of all stages in turns, so that each has its share of the characters.
-
-    A text that ends before the others begins again, until each was read once.
-    """
-    reading = [corpus.stories(split) for corpus, _ in stages]
-    spent = [0.0] * len(stages)  # characters, over the share
-    unread = set(range(len(stages)))
-    while unread:
-        # Whoever has had least is next.
-        turn = spent.index(min(spent))
-        corpus, share = stages[turn]
-        story = next(reading[turn], None)
-        if story is not None:
-            spent[turn] += len(story) / share
-            yield story
-            continue
-
-        # From the start again, if it has one.
-        if spent[turn] == 0:
-            raise FlashLMError(
-                f"{corpus.name} has no story in its {split} split: leave it out, or add some"
-            )
-        unread.discard(turn)
-        reading[turn] = corpus.stories(split)
+    return Curriculum(name, key, partial(read_in_turns, opened), source, opened, shuffled)

@@ -13,6 +13,7 @@ _REGISTRY: dict[str, type[nn.Module] | str] = {
     "attention": AttentionMixer,
     "v3": "flashlm_helpers.archive.v3:RecursiveBlock",
 }
+_BUILT_IN = frozenset(_REGISTRY)
 
 
 def register_mixer(name: str, mixer: type[nn.Module] | str) -> None:
@@ -48,7 +49,7 @@ def where_to_import(mixer: type[nn.Module] | str) -> str:
 def own_mixers(config: ModelConfig) -> dict[str, str]:
     """Return where to import each mixer of a config that is not built in, by name."""
     own = {}
-    for name in set(config.mixers) - {"conv", "attention", "v3"}:
+    for name in set(config.mixers) - _BUILT_IN:
         own[name] = where_to_import(find_mixer(name))
     return own
 

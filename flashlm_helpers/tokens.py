@@ -236,7 +236,7 @@ class PreparedText(NamedTuple):
 
 
 class StagedText(PreparedText):
-    """A PreparedText with `stages` and `sources` of its own."""
+    """A PreparedText with `stages` and `sources` of its own; it, too, unpacks into three things."""
 
 
 def prepare(

@@ -101,7 +101,8 @@ class Vocabulary:
         # sort leaves tokens that are equally frequent in GPT-2's order.
         single = list(map(gpt2_encoding().encode_single_token, _SINGLE_BYTES))
         ranked = np.argsort(-counts, kind="stable")
-        others = ranked[((counts[ranked] > 0) | (size >= GPT2_SIZE)) & ~np.isin(ranked, single)]
+        wanted = (counts[ranked] > 0) | (size >= GPT2_SIZE)
+        others = ranked[wanted & ~np.isin(ranked, single)]
         kept = np.union1d(single, others[: size - SMALLEST])
 
         # Ids are given by frequency, too, so that a small id is a frequent token.

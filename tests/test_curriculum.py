@@ -268,6 +268,7 @@ def test_a_mistake_in_a_curriculum_is_one_line(curriculum, folders, home, tmp_pa
     "flags, words",
     [
         (["--shuffled"], "--shuffled needs several texts"),
+        (["--curriculum", "builtin:1", "--shuffled", "--max-grade", "-40"], "the easiest is for"),
         (["--curriculum", "builtin:1", "--dataset", "builtin"], "leave out"),
         (["--dataset", "builtin", "--max-grade", "-40"], "the easiest is for"),
     ],
@@ -275,6 +276,13 @@ def test_a_mistake_in_a_curriculum_is_one_line(curriculum, folders, home, tmp_pa
 def test_flags_that_do_not_fit_together_are_one_line(flags, words, home, capsys):
     assert main(["train", "--preset", "tiny", "--epochs", "0.01", *flags]) == 2
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_an_unset_variable_is_noticed(home, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--curriculum", ""])
+    assert ended.value.code == 2
+    assert "--curriculum is empty" in capsys.readouterr().err
 
 
 def test_train_and_resume_from_the_command_line(folders, home, tmp_path, capsys):

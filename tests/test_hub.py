@@ -13,7 +13,7 @@ from huggingface_hub.utils import _http
 
 from flashlm_helpers.checkpoint import LAST, load_checkpoint
 from flashlm_helpers.config import FlashLMError, TrainConfig
-from flashlm_helpers.corpus import TextSource, open_corpus
+from flashlm_helpers.corpus import TextSource, open_corpus, open_curriculum
 from flashlm_helpers.experiments.experiment import Experiment
 from flashlm_helpers.machine.network import is_offline
 from flashlm_helpers.tokens import prepare
@@ -196,6 +196,16 @@ def test_half_prepared_is_not_prepared(hub, home, monkeypatch):
     valid.write_bytes(content)
     (home / "data" / "tinystories-other.tokens").write_bytes(b"no token file")
     assert open_corpus("auto", 100).name == "tinystories"
+
+
+def test_what_a_curriculum_has_prepared_is_not_the_text_alone(hub, monkeypatch):
+    stages = [(open_corpus("tinystories", 100), 0.5), ("builtin", 0.5)]
+    text = prepare(open_curriculum(stages), 300)
+    assert text.sources.keys() == {"tinystories", "builtin"}
+
+    # Its tokens are of the mix's vocabulary, so a run on the text alone would ask the hub.
+    monkeypatch.setenv("FLASHLM_OFFLINE", "1")
+    assert open_corpus("auto", 100).name == "builtin"
 
 
 @pytest.mark.parametrize("variable", ["FLASHLM_OFFLINE", "HF_HUB_OFFLINE"])

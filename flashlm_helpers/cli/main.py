@@ -31,7 +31,10 @@ COMMANDS = {  # name on the command line: module of this folder
     "info": "info",
     "doctor": "doctor",
 }
-PLACES = ("checkpoint", "text", "text_dir", "dataset", "save_dir", "resume", "results", "out")
+PLACES = (  # flags that must not be empty
+    "checkpoint", "text", "text_dir", "dataset", "curriculum", "save_dir", "resume", "results",
+    "out",
+)  # fmt: skip
 
 
 def make_parser() -> OneLineParser:

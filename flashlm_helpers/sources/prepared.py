@@ -19,7 +19,10 @@ def find_prepared(folder: Path, name: str, key: str) -> dict | None:
             with path.open("rb") as file:
                 header = json.loads(file.read(_HEADER))
             identity = header["identity"]
-            if identity["corpus"] == key and "checksum" in header:  # which older files do not have
+
+            # Older files have no checksum, and those of a curriculum lack more than copies.
+            whole = "checksum" in header and "held_out" not in identity
+            if identity["corpus"] == key and whole:
                 headers[identity["vocabulary"], identity["split"]] = header
         except (OSError, ValueError, KeyError, TypeError):
             continue
